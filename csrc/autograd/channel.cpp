@@ -1,0 +1,252 @@
+// BatchNorm, InstanceNorm and GroupNorm as torch sees them: public operators, autograd, functorch.
+
+#include <torch/csrc/autograd/variable.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "composition.h"
+#include "function.h"
+
+namespace normops {
+namespace {
+
+struct Statistics {
+  at::Tensor output, mean, var;
+};
+
+struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& given_mean,
+                               const OptionalTensor& given_var, const c10::SymInt& num_groups, bool over_batch,
+                               double eps) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, mean, var] =
+        ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps);
+    ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, var});
+    ctx->saved_data["num_groups"] = num_groups;
+    ctx->saved_data["over_batch"] = over_batch;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["input_stats"] = !defined(given_mean);
+    ctx->saved_data["has_bias"] = defined(bias);
+    ctx->mark_non_differentiable({mean, var});
+    return {output, mean, var};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    if (!grads[0].defined()) return variable_list(8);
+    auto [dx, dweight, dbias] =
+        ops::channel_norm_backward(grads[0], saved[0], saved[2], saved[3], saved[1],
+                                   ctx->saved_data["num_groups"].toSymInt(), ctx->saved_data["over_batch"].toBool(),
+                                   ctx->saved_data["eps"].toDouble(), ctx->saved_data["input_stats"].toBool(),
+                                   gradients_wanted(ctx, saved[1].defined(), ctx->saved_data["has_bias"].toBool()));
+    return {dx, dweight, dbias, {}, {}, {}, {}, {}};
+  }
+};
+
+Layer channel_layer(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch, double eps,
+                    const OptionalTensor& mean, const OptionalTensor& var) {
+  return {channel_frame(input, num_groups, over_batch), eps, /*centered=*/true, mean, var};
+}
+
+struct ChannelNormBackward : torch::autograd::Function<ChannelNormBackward> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
+                               const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
+                               const c10::SymInt& num_groups, bool over_batch, double eps, bool input_stats,
+                               Mask3 output_mask) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensors3 grads = ops::channel_norm_backward(grad_output, input, mean, var, weight, num_groups, over_batch,
+                                                      eps, input_stats, output_mask);
+    ctx->save_for_backward({grad_output, input, weight.value_or(at::Tensor()), mean, var});
+    ctx->saved_data["num_groups"] = num_groups;
+    ctx->saved_data["over_batch"] = over_batch;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["input_stats"] = input_stats;
+    save_mask(ctx, output_mask);
+    return only_wanted(grads, output_mask);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const bool input_stats = ctx->saved_data["input_stats"].toBool();
+    const at::Tensor none;
+    const Layer layer =
+        channel_layer(saved[1], ctx->saved_data["num_groups"].toSymInt(), ctx->saved_data["over_batch"].toBool(),
+                      ctx->saved_data["eps"].toDouble(), input_stats ? none : saved[3], input_stats ? none : saved[4]);
+    auto [to_dy, to_x, to_weight] =
+        compose_double_backward(layer, all_three(grads, saved_mask(ctx)), saved[0], saved[1], saved[2]);
+    return {to_dy, to_x, {}, {}, to_weight, {}, {}, {}, {}, {}};
+  }
+};
+
+Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                               const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
+                               bool over_batch, double eps, bool input_stats, Mask3 output_mask) {
+  const OptionalTensor dy = grad_output, x = input;
+  if (composition_needed({&dy, &x, &weight})) {
+    const OptionalTensor none;
+    const Layer layer =
+        channel_layer(input, num_groups, over_batch, eps, input_stats ? none : mean, input_stats ? none : var);
+    return compose_backward(layer, grad_output, input, weight, output_mask);
+  }
+  if (gradient_needed({&dy, &x, &weight})) {
+    return all_three(ChannelNormBackward::apply(grad_output, input, mean, var, weight, num_groups, over_batch, eps,
+                                                input_stats, output_mask),
+                     output_mask);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return ops::channel_norm_backward(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats,
+                                    output_mask);
+}
+
+// The normalised input; mean and var are undefined where they were given, or where the composition stands in.
+Statistics channel_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                        const c10::SymInt& num_groups, bool over_batch, double eps) {
+  const OptionalTensor x = input;
+  if (composition_needed({&x, &weight, &bias})) {
+    const Layer layer = channel_layer(input, num_groups, over_batch, eps, given_mean, given_var);
+    return {compose(layer, input, weight, bias), {}, {}};
+  }
+  if (gradient_needed({&x, &weight, &bias})) {
+    const variable_list results =
+        ChannelNorm::apply(input, weight, bias, given_mean, given_var, num_groups, over_batch, eps);
+    return {results[0], results[1], results[2]};
+  }
+  auto [output, mean, var] = ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps);
+  return {output, mean, var};
+}
+
+// Batch- and InstanceNorm with statistics of the input, which also move the running statistics.
+at::Tensor norm_and_track(const at::Tensor& input, const OptionalTensor& running_mean,
+                          const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                          bool over_batch, double momentum, double eps) {
+  const c10::SymInt channels = input.sym_size(1);
+  Statistics result = channel_norm(input, weight, bias, std::nullopt, std::nullopt, channels, over_batch, eps);
+  if (defined(running_mean) && input.sym_numel() != 0) {
+    const c10::SymInt count = input.sym_numel() / (over_batch ? channels : channels * input.sym_size(0));
+    if (!result.mean.defined()) {
+      std::tie(result.mean, result.var) = compose_channel_statistics(input, over_batch);
+    }
+    ops::update_running_stats(*running_mean, *running_var, result.mean, result.var, momentum, count);
+  }
+  return result.output;
+}
+
+void check_affine(const char* op, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& input) {
+  const c10::SymInt channels = input.sym_size(1);
+  check_parameter(op, "weight", weight, input, channels, "channels of input");
+  check_parameter(op, "bias", bias, input, channels, "channels of input");
+}
+
+void check_dimensions(const char* op, const at::Tensor& input) {
+  check_input(op, input);
+  TORCH_CHECK(input.dim() >= 2, op, ": expected input with at least 2 dimensions (N, C, ...), got shape ",
+              input.sym_sizes());
+}
+
+at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
+                      double eps) {
+  check_dimensions("batch_norm", input);
+  check_affine("batch_norm", weight, bias, input);
+  if (!training) {
+    TORCH_CHECK(defined(running_mean) && defined(running_var),
+                "batch_norm: expected running_mean and running_var in evaluation (training=False), got None");
+    TORCH_CHECK_VALUE(eps >= 0, "batch_norm: expected eps >= 0, got ", eps);
+    check_running_stats("batch_norm", running_mean, running_var, input);
+    return channel_norm(input, weight, bias, running_mean, running_var, input.sym_size(1), /*over_batch=*/true, eps)
+        .output;
+  }
+  TORCH_CHECK_VALUE(eps > 0, "batch_norm: expected eps > 0 in training, got ", eps);
+  check_running_stats("batch_norm", running_mean, running_var, input);
+  TORCH_CHECK_VALUE(input.sym_numel() != input.sym_size(1) || input.sym_size(1) == 0,
+                    "batch_norm: expected more than 1 value per channel when training, got input of shape ",
+                    input.sym_sizes());
+  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/true, momentum, eps);
+}
+
+at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                         const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats,
+                         double momentum, double eps) {
+  check_dimensions("instance_norm", input);
+  check_affine("instance_norm", weight, bias, input);
+  check_running_stats("instance_norm", running_mean, running_var, input);
+  if (!use_input_stats) {
+    TORCH_CHECK(defined(running_mean) && defined(running_var),
+                "instance_norm: expected running_mean and running_var with use_input_stats=False, got None");
+    return channel_norm(input, weight, bias, running_mean, running_var, input.sym_size(1), /*over_batch=*/true, eps)
+        .output;
+  }
+  c10::SymInt positions = 1;
+  for (const c10::SymInt& size : input.sym_sizes().slice(2)) positions *= size;
+  TORCH_CHECK_VALUE(positions != 1,
+                    "instance_norm: expected more than 1 spatial element when training, got input of shape ",
+                    input.sym_sizes());
+  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/false, momentum, eps);
+}
+
+at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  check_dimensions("group_norm", input);
+  TORCH_CHECK(num_groups > 0, "group_norm: expected num_groups > 0, got ", num_groups);
+  const c10::SymInt channels = input.sym_size(1);
+  TORCH_CHECK(channels % num_groups == 0, "group_norm: expected num_groups to divide the channels of input, got ",
+              num_groups, " groups and input of shape ", input.sym_sizes());
+  check_affine("group_norm", weight, bias, input);
+  TORCH_CHECK_VALUE(input.sym_numel() != num_groups,
+                    "group_norm: expected more than 1 value per group, got input of shape ", input.sym_sizes(), " in ",
+                    num_groups, " groups");
+  return channel_norm(input, weight, bias, std::nullopt, std::nullopt, num_groups, /*over_batch=*/false, eps).output;
+}
+
+// Written through the kernels, so the tensors' versions have to be told.
+void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, c10::SymInt count) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ops::update_running_stats(running_mean, running_var, mean, var, momentum, std::move(count));
+  }
+  torch::autograd::impl::bump_version(running_mean);
+  torch::autograd::impl::bump_version(running_var);
+}
+
+// running = (1 - momentum) * running + momentum * statistic, with the unbiased variance, averaged over samples if
+// the statistics are per sample.
+void compose_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                           const at::Tensor& var, double momentum, c10::SymInt count) {
+  const auto move = [&](const at::Tensor& running, const at::Tensor& statistic, const auto& factor) {
+    const at::Tensor per_channel = statistic.dim() == 2 ? statistic.mean(0) : statistic;
+    running.copy_(running.to(at::kDouble) * (1 - momentum) + per_channel.to(at::kDouble) * factor);
+  };
+  move(running_mean, mean, momentum);
+  const double n = double(count.guard_int(__FILE__, __LINE__));
+  move(running_var, var, momentum * (n / (n - 1)));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm", batch_norm);
+  m.impl("instance_norm", instance_norm);
+  m.impl("group_norm", group_norm);
+}
+
+TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
+  m.impl("batch_norm", batch_norm);
+  m.impl("instance_norm", instance_norm);
+  m.impl("group_norm", group_norm);
+  m.impl("_channel_norm_backward", channel_norm_backward);
+  m.impl("_update_running_stats", compose_running_stats);
+}
+
+TORCH_LIBRARY_IMPL(normops, Autograd, m) {
+  m.impl("_channel_norm", torch::CppFunction::makeFallthrough());
+  m.impl("_channel_norm_backward", channel_norm_backward);
+  m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(normops, ADInplaceOrView, m) { m.impl("_update_running_stats", update_running_stats); }
+
+}  // namespace normops

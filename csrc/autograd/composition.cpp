@@ -1,0 +1,181 @@
+#include "composition.h"
+
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/core/grad_mode.h>
+
+#include <vector>
+
+namespace at::functorch {
+// Declared by torch in a header that an extension cannot include.
+struct DynamicLayer;
+TORCH_API const std::vector<DynamicLayer>& getDynamicLayerStack();
+}  // namespace at::functorch
+
+namespace normops {
+namespace {
+
+// The input in a layer's frame: xhat = (x - mean) * rstd, and what the derivatives need of it.
+class Normalized {
+ public:
+  Normalized(const Layer& layer, const at::Tensor& input)
+      : layer_(layer), input_(input), type_(acc_type(input)), constant_(defined(layer.mean)) {
+    const at::Tensor x = view(input);
+    if (constant_) {
+      xhat = x - parameter(layer.mean);
+      rstd = (parameter(layer.var) + layer.eps).rsqrt();
+    } else {
+      xhat = layer.centered ? x - mean(x) : x;
+      rstd = (mean(xhat * xhat) + layer.eps).rsqrt();
+    }
+    xhat = xhat * rstd;
+  }
+
+  at::Tensor xhat, rstd;
+
+  // Into the frame, in the type of the arithmetic, and back.
+  at::Tensor view(const at::Tensor& t) const { return t.to(type_).reshape_symint(layer_.frame.view); }
+  at::Tensor parameter(const OptionalTensor& t) const {
+    return t->to(type_).reshape_symint(layer_.frame.parameter_view);
+  }
+  at::Tensor like_input(const at::Tensor& t) const {
+    return t.reshape_symint(input_.sym_sizes()).to(input_.scalar_type());
+  }
+  at::Tensor like_parameter(const at::Tensor& t) const {
+    const Frame& frame = layer_.frame;
+    return (frame.parameter_dims.empty() ? t : t.sum(frame.parameter_dims)).reshape_symint(frame.parameter_shape);
+  }
+
+  at::Tensor times_weight(const at::Tensor& t, const OptionalTensor& weight) const {
+    return defined(weight) ? t * parameter(weight) : t;
+  }
+
+  at::Tensor mean(const at::Tensor& t) const { return t.mean(layer_.frame.dims, /*keepdim=*/true); }
+
+  // The derivative of xhat by x is rstd * project: u less its components along 1 and along xhat.
+  at::Tensor project(const at::Tensor& u) const {
+    if (constant_) return u;
+    const at::Tensor rest = u - xhat * mean(u * xhat);
+    return layer_.centered ? rest - mean(u) : rest;
+  }
+
+  // The gradient, through xhat and rstd, of sum(v * rstd * project(g)).
+  at::Tensor curvature(const at::Tensor& v, const at::Tensor& g) const {
+    const at::Tensor along_v = mean(v * xhat), along_g = mean(g * xhat);
+    at::Tensor spread = mean(v * g) - along_v * along_g;
+    if (layer_.centered) spread = spread - mean(v) * mean(g);
+    return -rstd * rstd * (xhat * spread + along_g * project(v) + along_v * project(g));
+  }
+
+  bool constant() const { return constant_; }
+
+ private:
+  const Layer& layer_;
+  const at::Tensor& input_;
+  at::ScalarType type_;
+  bool constant_;
+};
+
+at::Tensor plus(const at::Tensor& a, const at::Tensor& b) { return a.defined() ? a + b : b; }
+
+}  // namespace
+
+Frame row_frame(const at::Tensor& input, int64_t normalized_ndim) {
+  Frame frame;
+  const int64_t first = input.dim() - normalized_ndim;
+  for (int64_t d = 0; d < input.dim(); ++d) {
+    frame.view.push_back(input.sym_size(d));
+    if (d < first) {
+      frame.parameter_dims.push_back(d);
+    } else {
+      frame.dims.push_back(d);
+      frame.parameter_shape.push_back(input.sym_size(d));
+    }
+  }
+  frame.parameter_view = frame.parameter_shape;
+  return frame;
+}
+
+Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch) {
+  const c10::SymInt channels = input.sym_size(1);
+  const c10::SymInt group_size = num_groups == 0 ? c10::SymInt(0) : channels / num_groups;
+  c10::SymInt positions = 1;
+  for (int64_t d = 2; d < input.dim(); ++d) positions = positions * input.sym_size(d);
+  Frame frame;
+  frame.view = {input.sym_size(0), num_groups, group_size, positions};
+  if (over_batch)
+    frame.dims = {0, 2, 3};
+  else
+    frame.dims = {2, 3};
+  frame.parameter_shape = {channels};
+  frame.parameter_view = {1, num_groups, group_size, 1};
+  frame.parameter_dims = {0, 3};
+  return frame;
+}
+
+at::Tensor compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight,
+                   const OptionalTensor& bias) {
+  const Normalized x(layer, input);
+  at::Tensor y = x.times_weight(x.xhat, weight);
+  if (defined(bias)) y = y + x.parameter(bias);
+  return x.like_input(y);
+}
+
+std::pair<at::Tensor, at::Tensor> compose_channel_statistics(const at::Tensor& input, bool over_batch) {
+  at::DimVector dims;
+  for (int64_t d = 0; d < input.dim(); ++d) {
+    if (d > 1 || (d == 0 && over_batch)) dims.push_back(d);
+  }
+  const at::Tensor x = input.to(acc_type(input));
+  return {x.mean(dims), x.var(dims, /*unbiased=*/false)};
+}
+
+Tensors3 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,
+                          const OptionalTensor& weight, Mask3 mask) {
+  const Normalized x(layer, input);
+  const at::Tensor dy = x.view(grad_output);
+  at::Tensor dx, dweight, dbias;
+  if (mask[0]) dx = x.like_input(x.rstd * x.project(x.times_weight(dy, weight)));
+  if (mask[1]) dweight = x.like_parameter(dy * x.xhat);
+  if (mask[2]) dbias = x.like_parameter(dy);
+  return {dx, dweight, dbias};
+}
+
+Tensors3 compose_double_backward(const Layer& layer, const Tensors3& grads, const at::Tensor& grad_output,
+                                 const at::Tensor& input, const OptionalTensor& weight) {
+  const auto& [grad_dx, grad_dweight, grad_dbias] = grads;
+  const Normalized x(layer, input);
+  const at::Tensor dy = x.view(grad_output);
+  at::Tensor to_dy, to_x, to_weight;
+  if (grad_dx.defined()) {
+    const at::Tensor v = x.view(grad_dx);
+    const at::Tensor through = x.rstd * x.project(v);
+    to_dy = x.times_weight(through, weight);
+    if (!x.constant()) to_x = x.curvature(v, x.times_weight(dy, weight));
+    if (defined(weight)) to_weight = x.like_parameter(dy * through);
+  }
+  if (grad_dweight.defined()) {
+    const at::Tensor v = x.parameter(grad_dweight);
+    to_dy = plus(to_dy, v * x.xhat);
+    to_x = plus(to_x, x.rstd * x.project(v * dy));
+  }
+  if (grad_dbias.defined()) to_dy = plus(to_dy, x.parameter(grad_dbias).expand_as(dy));
+  return {to_dy.defined() ? x.like_input(to_dy) : to_dy, to_x.defined() ? x.like_input(to_x) : to_x, to_weight};
+}
+
+bool composition_needed(std::initializer_list<const OptionalTensor*> tensors) {
+  if (at::functorch::functorchTLSAccessor() && !at::functorch::getDynamicLayerStack().empty()) return true;
+  for (const OptionalTensor* tensor : tensors) {
+    if (defined(*tensor) && (*tensor)->_fw_grad(/*level=*/0).defined()) return true;
+  }
+  return false;
+}
+
+bool gradient_needed(std::initializer_list<const OptionalTensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const OptionalTensor* tensor : tensors) {
+    if (defined(*tensor) && (*tensor)->requires_grad()) return true;
+  }
+  return false;
+}
+
+}  // namespace normops

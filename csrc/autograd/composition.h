@@ -1,0 +1,52 @@
+#pragma once
+
+// Normalisation written in ATen's own differentiable operators. It stands in for the kernels wherever something other
+// than plain values has to flow through a layer (functorch transforms, forward-mode AD), and it is the derivative of
+// the backward. Slower than a kernel, but differentiable to any order and right for any kind of tensor.
+
+#include "../tensors.h"
+
+namespace normops {
+
+// How a layer sees its input: a view whose `dims` run over the elements that share a statistic, and in which a
+// parameter of shape `parameter_shape` lies as `parameter_view` and is shared over `parameter_dims`.
+struct Frame {
+  c10::SymDimVector view;
+  at::DimVector dims;
+  c10::SymDimVector parameter_shape;
+  c10::SymDimVector parameter_view;
+  at::DimVector parameter_dims;
+};
+Frame row_frame(const at::Tensor& input, int64_t normalized_ndim);
+Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch);
+
+struct Layer {
+  Frame frame;
+  double eps;
+  bool centered = true;   // false: RMSNorm
+  OptionalTensor mean{};  // statistics that are constants (evaluation)
+  OptionalTensor var{};
+};
+
+at::Tensor compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight,
+                   const OptionalTensor& bias);
+
+// Mean and biased variance of every channel, over the batch or per sample.
+std::pair<at::Tensor, at::Tensor> compose_channel_statistics(const at::Tensor& input, bool over_batch);
+
+// (dx, dweight, dbias)
+Tensors3 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,
+                          const OptionalTensor& weight, Mask3 mask);
+
+// The backward of compose_backward: gradients of (grad_output, input, weight) from those of (dx, dweight, dbias), of
+// which any may be undefined.
+Tensors3 compose_double_backward(const Layer& layer, const Tensors3& grads, const at::Tensor& grad_output,
+                                 const at::Tensor& input, const OptionalTensor& weight);
+
+// Whether a functorch transform is running, or one of the tensors carries a tangent.
+bool composition_needed(std::initializer_list<const OptionalTensor*> tensors);
+
+// Whether the call has to be recorded.
+bool gradient_needed(std::initializer_list<const OptionalTensor*> tensors);
+
+}  // namespace normops

@@ -1,0 +1,46 @@
+#include "checks.h"
+
+namespace normops {
+
+void check_input(const char* op, const at::Tensor& input) {
+  TORCH_CHECK_NOT_IMPLEMENTED(input.layout() == at::kStrided, op, ": expected input with strided layout, got ",
+                              input.layout());
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()) && input.element_size() >= 2, op,
+                              ": expected input of dtype float16, bfloat16, float32 or float64, got ",
+                              input.scalar_type());
+}
+
+void check_parameter(const char* op, const char* name, const OptionalTensor& tensor, const at::Tensor& input,
+                     c10::SymIntArrayRef shape, const char* meaning) {
+  if (!defined(tensor)) return;
+  TORCH_CHECK(tensor->sym_sizes().equals(shape), op, ": expected ", name, " of shape ", shape, " (", meaning, "), got ",
+              tensor->sym_sizes());
+  TORCH_CHECK(at::isFloatingType(tensor->scalar_type()) && tensor->layout() == at::kStrided, op, ": expected ", name,
+              " to be a strided tensor of floating dtype, got ", tensor->scalar_type(), " with layout ",
+              tensor->layout());
+  TORCH_CHECK(tensor->device() == input.device(), op, ": expected ", name, " on the device of input (", input.device(),
+              "), got ", tensor->device());
+}
+
+void check_running_stats(const char* op, const OptionalTensor& mean, const OptionalTensor& var,
+                         const at::Tensor& input) {
+  TORCH_CHECK_VALUE(defined(mean) == defined(var), op,
+                    ": expected running_mean and running_var to be both given or both None, got only ",
+                    defined(mean) ? "running_mean" : "running_var");
+  const c10::SymInt channels = input.sym_size(1);
+  for (const auto& [name, stat] : {std::pair("running_mean", &mean), std::pair("running_var", &var)}) {
+    check_parameter(op, name, *stat, input, channels, "channels of input");
+    TORCH_CHECK(!defined(*stat) || !(*stat)->requires_grad(), op, ": expected ", name,
+                " without requires_grad, got one with it: the layer is not differentiable with respect to it");
+  }
+}
+
+void check_normalized_shape(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape) {
+  TORCH_CHECK(!normalized_shape.empty(), op, ": expected normalized_shape with at least one entry, got []");
+  const auto sizes = input.sym_sizes();
+  TORCH_CHECK(sizes.size() >= normalized_shape.size() &&
+                  sizes.slice(sizes.size() - normalized_shape.size()).equals(normalized_shape),
+              op, ": expected input with a shape that ends in ", normalized_shape, " (normalized_shape), got ", sizes);
+}
+
+}  // namespace normops

@@ -1,0 +1,24 @@
+#pragma once
+
+// Checks of the arguments of the public operators. Messages name the operator, the argument, what was expected and
+// what came; the type of the exception is the one torch raises.
+
+#include "tensors.h"
+
+namespace normops {
+
+// A strided tensor of a floating dtype.
+void check_input(const char* op, const at::Tensor& input);
+
+// A floating tensor of the given shape on the input's device, or absent.
+void check_parameter(const char* op, const char* name, const OptionalTensor& tensor, const at::Tensor& input,
+                     c10::SymIntArrayRef shape, const char* meaning);
+
+// Running statistics: both or neither, of shape (C), not differentiable.
+void check_running_stats(const char* op, const OptionalTensor& mean, const OptionalTensor& var,
+                         const at::Tensor& input);
+
+// input.shape[-k:] == normalized_shape, which has k >= 1 entries.
+void check_normalized_shape(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape);
+
+}  // namespace normops

@@ -1,0 +1,352 @@
+// Channel engine on the CPU: reduce, merge, apply. How the three stages are cut into regions and shared among threads
+// is decided here; the loops over memory are in channel_kernels.cpp.
+
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "../statistics.h"
+#include "../tensors.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace normops::cpu {
+namespace {
+
+// A contiguous input is walked in blocks of channels, long enough that memory is read in runs of this size.
+constexpr int64_t kRunBytes = 4 * 1024;
+// A region of the input that is still in cache when the third stage comes back to it.
+constexpr int64_t kCacheBytes = 1024 * 1024;
+// Channels merged by one thread at a time.
+constexpr int64_t kMergeChannels = 64;
+
+// Some segments by some channels, whole groups wherever rows are whole.
+struct Region {
+  int64_t first_segment, last_segment;
+  int64_t first_channel, last_channel;
+};
+
+template <typename T>
+struct Operand {
+  T* data;
+  Strides strides;
+
+  Lines<T> lines(const Geometry& g, int64_t segment, int64_t channel) const {
+    return {data + g.sample_of(segment) * strides.sample + g.segment_begin(segment) * strides.position +
+                channel * strides.channel,
+            g.layout == Layout::kContiguous ? strides.channel : strides.position};
+  }
+};
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// f(region) for regions of `segments` by `channels`, shared among threads.
+template <typename F>
+void for_regions(const Geometry& g, int64_t segments, int64_t channels, const F& f) {
+  const int64_t across = (g.channels + channels - 1) / channels;
+  const int64_t down = (g.segments() + segments - 1) / segments;
+  const int64_t elements = g.elements() / std::max<int64_t>(1, across * down);
+  parallel(across * down, elements, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t segment = i / across * segments, channel = i % across * channels;
+      f(Region{segment, std::min(segment + segments, g.segments()), channel, std::min(channel + channels, g.channels)});
+    }
+  });
+}
+
+// Runs the three stages. Where the data of whole groups fits in cache and there are enough of them for all threads,
+// a thread takes a group through all stages while it is there: one pass over memory. Otherwise every stage is shared
+// among all threads in turn. Both ways do the same arithmetic in the same order.
+template <typename Reduce, typename Merge, typename Apply>
+void run_stages(const Geometry& g, int64_t element_size, const Reduce& reduce, const Merge& merge, const Apply& apply) {
+  const int64_t row_segments = g.samples_per_row() * g.segments_per_sample();
+  int64_t channels = g.channels;
+  if (g.layout == Layout::kContiguous) {
+    const int64_t wanted = kRunBytes / std::max<int64_t>(1, g.positions * element_size);
+    channels = std::min(g.channels, round_up(std::max<int64_t>(1, wanted), g.group_size()));
+  }
+  const int64_t region_bytes = g.samples_per_row() * g.positions * channels * element_size;
+  const int64_t regions = g.rows() * ((g.channels + channels - 1) / channels);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + g.elements() / kElementsPerThread);
+  const bool balanced = regions % threads == 0 || regions >= 4 * threads;
+  if (threads == 1 || (balanced && region_bytes <= kCacheBytes)) {
+    for_regions(g, row_segments, channels, [&](const Region& r) {
+      reduce(r);
+      merge(r);
+      apply(r);
+    });
+    return;
+  }
+  for_regions(g, 1, channels, reduce);
+  for_regions(g, row_segments, std::min(g.channels, round_up(kMergeChannels, g.group_size())), merge);
+  for_regions(g, 1, channels, apply);
+}
+
+template <typename A>
+struct Scratch {
+  explicit Scratch(int64_t size) : data(new A[size]) {}
+  A* operator+(int64_t offset) const { return data.get() + offset; }
+  A& operator[](int64_t i) const { return data[i]; }
+  std::unique_ptr<A[]> data;
+};
+
+template <typename A>
+A value_or(const at::Tensor& parameter, int64_t channel, A absent) {
+  return parameter.defined() ? parameter.const_data_ptr<A>()[channel] : absent;
+}
+
+// A mean as the nearest A and the rest. For inputs of type A, deviations from the nearest are exact or nearly so.
+template <typename A>
+struct SplitMean {
+  A center;
+  double low;
+  explicit SplitMean(double mean) : center(A(mean)), low(mean - center) {}
+};
+
+// Joins, in place and in order, the moments of all segments of a row into those of its first.
+void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t last, double* mean, double* m2) {
+  double count = g.segment_count(first);
+  for (int64_t k = first + 1; k < last; ++k) {
+    const MomentsMerge merge(count, g.segment_count(k));
+    count += g.segment_count(k);
+    for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
+      merge(mean[first * g.channels + c], m2[first * g.channels + c], mean[k * g.channels + c], m2[k * g.channels + c]);
+    }
+  }
+}
+
+template <typename T>
+void forward(const Geometry& g, Operand<const T> x, Operand<T> y, const at::Tensor& weight, const at::Tensor& bias,
+             double eps, bool given, double* stat_mean, double* stat_var) {
+  using A = Acc<T>;
+  const int64_t C = g.channels, row_segments = g.samples_per_row() * g.segments_per_sample();
+  const Kernels<T>& kernel = kernels().of<T>();
+  const Scratch<double> mean(given ? 0 : g.segments() * C), m2(given ? 0 : g.segments() * C);
+  const Scratch<A> center(g.rows() * C), scale(g.rows() * C), shift(g.rows() * C);
+
+  const auto reduce = [&](const Region& r) {
+    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
+      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
+      const int64_t at = k * C + r.first_channel;
+      kernel.moments(tile, x.lines(g, k, r.first_channel), mean + at, m2 + at);
+    }
+  };
+  const auto merge = [&](const Region& r) {
+    for (int64_t first = r.first_segment; first < r.last_segment; first += row_segments) {
+      const int64_t row = first / row_segments;
+      if (!given) merge_segments(g, r, first, first + row_segments, mean + 0, m2 + 0);
+      for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
+        const int64_t group = row * g.num_groups + c / g.group_size(), at = first * C + c;
+        if (!given) {
+          const double count = double(g.samples_per_row() * g.positions);  // of each channel
+          double group_mean = mean[at], group_m2 = m2[at];
+          for (int64_t i = 1; i < g.group_size(); ++i) {
+            MomentsMerge(i * count, count)(group_mean, group_m2, mean[at + i], m2[at + i]);
+          }
+          stat_mean[group] = group_mean;
+          stat_var[group] = group_m2 / g.elements_per_group();
+        }
+        const SplitMean<A> split(stat_mean[group]);
+        const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+        for (int64_t i = c; i < c + g.group_size(); ++i) {
+          const double factor = rstd * value_or<A>(weight, i, 1);
+          center[row * C + i] = split.center;
+          scale[row * C + i] = A(factor);
+          shift[row * C + i] = A(value_or<A>(bias, i, 0) - split.low * factor);
+        }
+      }
+    }
+  };
+  const auto apply = [&](const Region& r) {
+    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
+      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
+      const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
+      kernel.apply(tile, x.lines(g, k, r.first_channel), y.lines(g, k, r.first_channel),
+                   {center + at, scale + at, shift + at});
+    }
+  };
+  if (given)
+    run_stages(g, sizeof(T), [](const Region&) {}, merge, apply);
+  else
+    run_stages(g, sizeof(T), reduce, merge, apply);
+}
+
+// dx = w*rstd*dy - rstd^3 * G2/n * (x - mean) - rstd * G1/n, where G1 and G2 are the sums over the group of w*dy and
+// w*dy*(x - mean); the last two terms are absent where the statistics are constants (evaluation).
+template <typename T>
+void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, const at::Tensor& weight,
+              const double* stat_mean, const double* stat_var, double eps, bool given, Acc<T>* dweight, Acc<T>* dbias) {
+  using A = Acc<T>;
+  const int64_t C = g.channels, row_segments = g.samples_per_row() * g.segments_per_sample();
+  const Kernels<T>& kernel = kernels().of<T>();
+  const bool sums_needed = dweight || dbias || !given;
+  const Scratch<double> sum_dy(sums_needed ? g.segments() * C : 0), sum_dy_x(sums_needed ? g.segments() * C : 0);
+  const Scratch<A> center(g.rows() * C), scale(g.rows() * C), slope(g.rows() * C), shift(g.rows() * C);
+  for (int64_t i = 0; i < g.rows() * C; ++i) center[i] = A(stat_mean[i / g.group_size()]);
+
+  const auto reduce = [&](const Region& r) {
+    if (!sums_needed) return;
+    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
+      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
+      const int64_t at = k * C + r.first_channel;
+      kernel.grad_sums(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
+                       center + (g.row_of(g.sample_of(k)) * C + r.first_channel), sum_dy + at, sum_dy_x + at);
+    }
+  };
+  // Leaves in the first segment of each row: sum dy, and sum dy * (x - mean) * rstd.
+  const auto merge = [&](const Region& r) {
+    for (int64_t first = r.first_segment; first < r.last_segment; first += row_segments) {
+      const int64_t row = first / row_segments;
+      for (int64_t k = first + 1; sums_needed && k < first + row_segments; ++k) {
+        for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
+          sum_dy[first * C + c] += sum_dy[k * C + c];
+          sum_dy_x[first * C + c] += sum_dy_x[k * C + c];
+        }
+      }
+      for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
+        const int64_t group = row * g.num_groups + c / g.group_size();
+        const SplitMean<A> split(stat_mean[group]);
+        const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+        double group_dy = 0, group_dy_xhat = 0;
+        for (int64_t i = c; sums_needed && i < c + g.group_size(); ++i) {
+          double& dy_xhat = sum_dy_x[first * C + i];
+          dy_xhat = (dy_xhat - split.low * sum_dy[first * C + i]) * rstd;
+          group_dy += sum_dy[first * C + i] * value_or<A>(weight, i, 1);
+          group_dy_xhat += dy_xhat * value_or<A>(weight, i, 1);
+        }
+        const double n = g.elements_per_group();
+        const double group_slope = given ? 0.0 : -rstd * rstd * group_dy_xhat / n;
+        const double group_shift = given ? 0.0 : -rstd * group_dy / n - group_slope * split.low;
+        for (int64_t i = c; i < c + g.group_size(); ++i) {
+          scale[row * C + i] = A(rstd * value_or<A>(weight, i, 1));
+          slope[row * C + i] = A(group_slope);
+          shift[row * C + i] = A(group_shift);
+        }
+      }
+    }
+  };
+  const auto apply = [&](const Region& r) {
+    if (dx.data == nullptr) return;
+    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
+      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
+      const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
+      kernel.grad_apply(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
+                        dx.lines(g, k, r.first_channel), {center + at, scale + at, slope + at, shift + at});
+    }
+  };
+  run_stages(g, 2 * sizeof(T), reduce, merge, apply);
+
+  const auto sum_rows = [&](const Scratch<double>& sums, A* total) {
+    if (total == nullptr) return;
+    parallel(C, g.rows(), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        double sum = 0;
+        for (int64_t row = 0; row < g.rows(); ++row) sum += sums[row * row_segments * C + c];
+        total[c] = A(sum);
+      }
+    });
+  };
+  sum_rows(sum_dy_x, dweight);
+  sum_rows(sum_dy, dbias);
+}
+
+Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, bool over_batch,
+                      double eps) {
+  at::Tensor x = input;
+  at::Tensor output = at::empty_like(input, input.suggest_memory_format());
+  const auto view = channel_view({&x, &output}, num_groups, over_batch);
+  const Geometry& g = view.geometry;
+  const bool given = defined(given_mean);
+  const auto shape = channel_statistics_shape(input, num_groups, over_batch);
+  const int64_t count = c10::multiply_integers(shape);
+  TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");
+  at::Tensor mean = at::zeros(shape, input.options().dtype(at::kDouble)), var = at::zeros_like(mean);
+  if (given) {
+    mean.copy_(as_parameter(given_mean, input, count, at::kDouble, "mean").view(shape));
+    var.copy_(as_parameter(given_var, input, count, at::kDouble, "var").view(shape));
+  }
+  if (g.elements() == 0) return {output, mean, var};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
+    const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
+    const at::Tensor b = as_parameter(bias, input, g.channels, acc_type(input), "bias");
+    forward<scalar_t>(g, {x.const_data_ptr<scalar_t>(), view.strides[0]},
+                      {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, w, b, eps, given,
+                      mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
+  });
+  return {output, mean, var};
+}
+
+Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                               const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups, bool over_batch,
+                               double eps, bool input_stats, Mask3 output_mask) {
+  at::Tensor x = input, dy = grad_output;
+  at::Tensor dx;
+  std::vector<at::Tensor*> operands{&x, &dy};
+  if (output_mask[0]) {
+    dx = at::empty_like(input, input.suggest_memory_format());
+    operands.push_back(&dx);
+  }
+  const auto view = channel_view(operands, num_groups, over_batch);
+  const Geometry& g = view.geometry;
+  const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
+  const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
+  const auto options = at::TensorOptions().device(input.device()).dtype(acc_type(input));
+  at::Tensor dweight, dbias;
+  if (output_mask[1]) dweight = at::zeros({g.channels}, options);
+  if (output_mask[2]) dbias = at::zeros({g.channels}, options);
+  if (g.elements() > 0) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
+          using A = Acc<scalar_t>;
+          const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
+          backward<scalar_t>(g, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                             {x.const_data_ptr<scalar_t>(), view.strides[0]},
+                             {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, w,
+                             means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats,
+                             dweight.defined() ? dweight.mutable_data_ptr<A>() : nullptr,
+                             dbias.defined() ? dbias.mutable_data_ptr<A>() : nullptr);
+        });
+  }
+  return {dx, dweight, dbias};
+}
+
+// running = (1 - momentum) * running + momentum * statistic, with the unbiased variance; statistics per sample are
+// averaged first.
+void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, int64_t count) {
+  const auto move = [&](const at::Tensor& running, const at::Tensor& statistic, double correction, const char* name) {
+    const int64_t channels = running.numel();
+    const int64_t rows = statistic.dim() == 2 ? statistic.size(0) : 1;
+    const at::Tensor values = as_parameter(statistic, running, rows * channels, at::kDouble, name);
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, running.scalar_type(), "normops::_update_running_stats", [&] {
+          scalar_t* const data = running.mutable_data_ptr<scalar_t>();
+          const int64_t stride = running.dim() > 0 ? running.stride(0) : 1;
+          const double* const value = values.const_data_ptr<double>();
+          for (int64_t c = 0; c < channels; ++c) {
+            double sum = 0;
+            for (int64_t row = 0; row < rows; ++row) sum += value[row * channels + c];
+            data[c * stride] =
+                scalar_t((1 - momentum) * double(data[c * stride]) + momentum * correction * (sum / rows));
+          }
+        });
+  };
+  TORCH_CHECK(running_mean.dim() == 1 && running_var.dim() == 1, "normops: expected running statistics of shape (C)");
+  move(running_mean, mean, 1, "mean");
+  move(running_var, var, double(count) / double(count - 1), "var");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(normops, CPU, m) {
+  m.impl("_update_running_stats", update_running_stats);
+  m.impl("_channel_norm", channel_norm);
+  m.impl("_channel_norm_backward", channel_norm_backward);
+}
+
+}  // namespace normops::cpu

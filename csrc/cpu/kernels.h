@@ -1,0 +1,118 @@
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../geometry.h"
+
+namespace normops::cpu {
+
+// Arithmetic is done in float, and in double for double.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Contiguous lines of equal length, `stride` elements apart. A line is a row of the row engine; in the channel
+// engine it is a channel's positions (contiguous) or a position's channels (channels_last).
+template <typename T>
+struct Lines {
+  T* data;
+  int64_t stride;
+
+  T* operator[](int64_t line) const { return data + line * stride; }
+};
+
+// A rectangle of one sample: some channels by some positions of one segment.
+struct Tile {
+  Layout layout;
+  int64_t channels;
+  int64_t positions;
+};
+
+// y = (x - center) * scale + shift, one entry per channel of the tile.
+template <typename A>
+struct ForwardCoefficients {
+  const A* center;
+  const A* scale;
+  const A* shift;
+};
+
+// dx = scale * dy + slope * (x - center) + shift, one entry per channel of the tile.
+template <typename A>
+struct BackwardCoefficients {
+  const A* center;
+  const A* scale;
+  const A* slope;
+  const A* shift;
+};
+
+template <typename T>
+struct RowForward {
+  int64_t length;
+  Lines<const T> x;
+  Lines<T> y;
+  const Acc<T>* weight;  // or null
+  const Acc<T>* bias;    // or null
+  double eps;
+  bool centered;  // LayerNorm; RMSNorm does not subtract the mean
+  double* mean;   // one per row
+  double* rstd;   // one per row
+};
+
+template <typename T>
+struct RowBackward {
+  int64_t length;
+  Lines<const T> dy;
+  Lines<const T> x;
+  Lines<T> dx;           // data null: not wanted
+  const Acc<T>* weight;  // or null
+  const double* mean;
+  const double* rstd;
+  bool centered;
+  Acc<T>* dweight;  // sums over the rows of one call are added to these two; null: not wanted
+  Acc<T>* dbias;
+};
+
+// The inner loops, compiled once per instruction set. They are serial and allocate nothing; how the work is
+// cut and shared among threads is decided by their callers (row.cpp, channel.cpp).
+template <typename T>
+struct Kernels {
+  void (*row_forward)(const RowForward<T>&, int64_t begin, int64_t end);
+  void (*row_backward)(const RowBackward<T>&, int64_t begin, int64_t end);
+
+  // Stage 1. Per channel of the tile: mean and sum of squared deviations; backward: sum dy and sum dy * (x - center).
+  void (*moments)(const Tile&, Lines<const T> x, double* mean, double* m2);
+  void (*grad_sums)(const Tile&, Lines<const T> dy, Lines<const T> x, const Acc<T>* center, double* sum_dy,
+                    double* sum_dy_x);
+  // Stage 3.
+  void (*apply)(const Tile&, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>&);
+  void (*grad_apply)(const Tile&, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
+                     const BackwardCoefficients<Acc<T>>&);
+};
+
+struct KernelTable {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<c10::Half> f16;
+  Kernels<c10::BFloat16> bf16;
+
+  template <typename T>
+  const Kernels<T>& of() const {
+    if constexpr (std::is_same_v<T, float>)
+      return f32;
+    else if constexpr (std::is_same_v<T, double>)
+      return f64;
+    else if constexpr (std::is_same_v<T, c10::Half>)
+      return f16;
+    else
+      return bf16;
+  }
+};
+
+// The table for this processor, or for the instruction set that ATEN_CPU_CAPABILITY names.
+const KernelTable& kernels();
+
+}  // namespace normops::cpu

@@ -1,0 +1,162 @@
+// Inner loops of the row engine (LayerNorm, RMSNorm). Compiled once per instruction set.
+
+#include <cmath>
+
+#include "pack.h"
+
+namespace normops::cpu::CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+double sum_of_squares(const T* x, int64_t length) {
+  double total = 0;
+  for (int64_t begin = 0; begin < length; begin += kChunk) {
+    const T* chunk = x + begin;
+    total += sum_along<T, 1>(std::min(kChunk, length - begin), [&](int64_t j, auto lanes, Pack<T>* sums) {
+      const Pack<T> v = Pack<T>::load(chunk + j, lanes);
+      sums[0] = fmadd(v, v, sums[0]);
+    })[0];
+  }
+  return total;
+}
+
+template <typename T, bool kWeight, bool kBias>
+void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = a.x[row];
+    T* y = a.y[row];
+    const auto [mean, m2] =
+        a.centered ? moments_along(x, a.length) : std::pair<double, double>(0.0, sum_of_squares(x, a.length));
+    const double rstd = 1 / std::sqrt(m2 / a.length + a.eps);
+    a.mean[row] = mean;
+    a.rstd[row] = rstd;
+    const A center = A(mean);
+    const Pack<T> scale = A(rstd);
+    const Pack<T> shift = A((center - mean) * rstd);
+    sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
+      Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
+      if constexpr (kWeight && kBias) {
+        v = fmadd(v, Pack<T>::load(a.weight + j, lanes), Pack<T>::load(a.bias + j, lanes));
+      } else if constexpr (kWeight) {
+        v = v * Pack<T>::load(a.weight + j, lanes);
+      } else if constexpr (kBias) {
+        v = v + Pack<T>::load(a.bias + j, lanes);
+      }
+      v.store(y + j, lanes);
+    });
+  }
+}
+
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, written as
+// dx = rstd * g + slope * (x - center) + shift.
+template <typename T>
+struct RowCoefficients {
+  Acc<T> center, rstd, slope, shift;
+};
+
+template <typename T, bool kWeight>
+RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
+  using A = Acc<T>;
+  const T* dy = a.dy[row];
+  const T* x = a.x[row];
+  const double mean = a.mean[row], rstd = a.rstd[row];
+  const A center = A(mean);
+  const double low = mean - center;
+  if (a.dx.data == nullptr) return {center, A(rstd), 0, A(-low)};
+  double sum_g = 0, sum_g_x = 0;
+  for (int64_t from = 0; from < a.length; from += kChunk) {
+    const auto [first, second] =
+        sum_along<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, Pack<T>* sums) {
+          const int64_t j = from + i;
+          Pack<T> g = Pack<T>::load(dy + j, lanes);
+          if constexpr (kWeight) g = g * Pack<T>::load(a.weight + j, lanes);
+          sums[0] = sums[0] + g;
+          sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - center, sums[1]);
+        });
+    sum_g += first;
+    sum_g_x += second;
+  }
+  sum_g_x -= low * sum_g;
+  const double slope = -rstd * rstd * rstd * sum_g_x / a.length;
+  const double shift = (a.centered ? -rstd * sum_g / a.length : 0.0) - slope * low;
+  return {center, A(rstd), A(slope), A(shift)};
+}
+
+constexpr int kRows = 4;
+
+template <typename T, bool kDx, bool kWeight, bool kParams>
+void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const auto rows = [&](int64_t first, auto count) {
+    RowCoefficients<T> c[count];
+    Pack<T> low[count];
+    for (int r = 0; r < count; ++r) {
+      c[r] = row_coefficients<T, kWeight>(a, first + r);
+      low[r] = A((c[r].center - a.mean[first + r]) * a.rstd[first + r]);
+    }
+    sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
+      Pack<T> weight, dweight, dbias;
+      if constexpr (kWeight && kDx) weight = Pack<T>::load(a.weight + j, lanes);
+      if constexpr (kParams) {
+        dweight = Pack<T>::load(a.dweight + j, lanes);
+        dbias = Pack<T>::load(a.dbias + j, lanes);
+      }
+      unroll<count>([&](auto r) {
+        const Pack<T> g = Pack<T>::load(a.dy[first + r] + j, lanes);
+        const Pack<T> d = Pack<T>::load(a.x[first + r] + j, lanes) - c[r].center;
+        if constexpr (kParams) {
+          dweight = fmadd(g, fmadd(d, c[r].rstd, low[r]), dweight);
+          dbias = dbias + g;
+        }
+        if constexpr (kDx) {
+          const Pack<T> scaled = kWeight ? g * weight : g;
+          fmadd(scaled, c[r].rstd, fmadd(d, c[r].slope, c[r].shift)).store(a.dx[first + r] + j, lanes);
+        }
+      });
+      if constexpr (kParams) {
+        dweight.store(a.dweight + j, lanes);
+        dbias.store(a.dbias + j, lanes);
+      }
+    });
+  };
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) rows(row, std::integral_constant<int, kRows>{});
+  for (; row < end; ++row) rows(row, std::integral_constant<int, 1>{});
+}
+
+template <typename T>
+void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+  const auto run = a.weight && a.bias ? row_forward<T, true, true>
+                   : a.weight         ? row_forward<T, true, false>
+                   : a.bias           ? row_forward<T, false, true>
+                                      : row_forward<T, false, false>;
+  run(a, begin, end);
+}
+
+template <typename T>
+void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  const bool dx = a.dx.data != nullptr;
+  const bool params = a.dweight != nullptr;
+  const auto run = dx && params ? (a.weight ? row_backward<T, true, true, true> : row_backward<T, true, false, true>)
+                   : dx         ? (a.weight ? row_backward<T, true, true, false> : row_backward<T, true, false, false>)
+                                : row_backward<T, false, false, true>;
+  run(a, begin, end);
+}
+
+template <typename T>
+void add(Kernels<T>& kernels) {
+  kernels.row_forward = forward<T>;
+  kernels.row_backward = backward<T>;
+}
+
+}  // namespace
+
+void add_row_kernels(KernelTable& table) {
+  add(table.f32);
+  add(table.f64);
+  add(table.f16);
+  add(table.bf16);
+}
+
+}  // namespace normops::cpu::CPU_CAPABILITY

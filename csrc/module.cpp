@@ -1,0 +1,48 @@
+// The Python module: loading it registers the operators; it reports how it was built and what runs here.
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <atomic>
+#include <mutex>
+#include <set>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// How many threads take part when the engines share out `items` pieces of work that fill a thread each.
+int threads_used(int64_t items) {
+  std::mutex mutex;
+  std::set<int> threads;
+  normops::cpu::parallel(items, normops::cpu::kElementsPerThread, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    threads.insert(at::get_thread_num());
+  });
+  return int(threads.size());
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = NORMOPS_VERSION;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["instruction_sets"] = NORMOPS_INSTRUCTION_SETS;
+  info["openmp"] = _OPENMP;
+  info["cuda"] = py::none();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled kernels of normops; importing it registers torch.ops.normops.";
+  m.def("build_info", &build_info, "What the library was built with.");
+  m.def("instruction_set", [] { return normops::cpu::kernels().name; }, "The CPU kernels in use.");
+  m.def("threads_used", &threads_used, py::arg("items"), "Threads that share `items` full pieces of work.");
+}

@@ -1,0 +1,25 @@
+#pragma once
+
+// The private operators, called through the dispatcher so that torch.compile and profilers see them.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "tensors.h"
+
+namespace normops::ops {
+
+Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
+                  const OptionalTensor& bias, double eps, bool centered);
+Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
+                           const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
+                           bool centered, Mask3 output_mask);
+Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, c10::SymInt num_groups, bool over_batch,
+                      double eps);
+Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                               const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
+                               bool over_batch, double eps, bool input_stats, Mask3 output_mask);
+void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, c10::SymInt count);
+
+}  // namespace normops::ops

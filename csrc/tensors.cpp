@@ -1,0 +1,120 @@
+#include "tensors.h"
+
+#include <algorithm>
+
+namespace normops {
+namespace {
+
+// Segments of a channels_last input fill a first-level cache, within limits that keep float sums exact enough and the
+// cost of merging small; a channel's positions are split only when they are very many.
+constexpr int64_t kSegmentBytes = 64 * 1024;
+constexpr int64_t kFewestLines = 32, kMostLines = 256;
+constexpr int64_t kContiguousSegment = 32 * 1024;
+
+// The strides of t as (N, C, S), if one stride steps through all of S.
+std::optional<Strides> strides_of(const at::Tensor& t) {
+  int64_t step = 0, extent = 1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (step == 0)
+      step = t.stride(d);
+    else if (t.stride(d) != step * extent)
+      return std::nullopt;
+    extent *= t.size(d);
+  }
+  return Strides{t.stride(0), t.stride(1), step};
+}
+
+int64_t positions_of(const at::Tensor& t) {
+  int64_t positions = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) positions *= t.size(d);
+  return positions;
+}
+
+bool fits(const Strides& s, const Geometry& g) {
+  return g.layout == Layout::kContiguous ? s.position == 1 || g.positions == 1 : s.channel == 1 || g.channels == 1;
+}
+
+}  // namespace
+
+at::Tensor as_parameter(const OptionalTensor& tensor, const at::Tensor& input, int64_t numel, at::ScalarType dtype,
+                        const char* name) {
+  if (!defined(tensor)) return {};
+  TORCH_CHECK(tensor->numel() == numel && tensor->device() == input.device(), "normops: expected ", name, " with ",
+              numel, " elements on ", input.device(), ", got ", tensor->numel(), " on ", tensor->device());
+  return tensor->to(dtype).contiguous();
+}
+
+std::pair<int64_t, int64_t> row_shape(const at::Tensor& input, int64_t normalized_ndim) {
+  TORCH_CHECK(normalized_ndim >= 1 && normalized_ndim <= input.dim(), "normops: expected normalized_ndim in [1, ",
+              input.dim(), "], got ", normalized_ndim);
+  int64_t rows = 1, length = 1;
+  for (int64_t d = 0; d < input.dim(); ++d) (d < input.dim() - normalized_ndim ? rows : length) *= input.size(d);
+  return {rows, length};
+}
+
+at::DimVector row_statistics_shape(const at::Tensor& input, int64_t normalized_ndim) {
+  at::DimVector shape(input.sizes().begin(), input.sizes().end());
+  std::fill(shape.end() - normalized_ndim, shape.end(), 1);
+  return shape;
+}
+
+at::Tensor as_rows(const at::Tensor& input, int64_t rows, int64_t length) {
+  if (input.dim() == 2 && input.size(0) == rows && input.stride(1) == 1) return input;
+  const at::Tensor matrix = input.reshape({rows, length});
+  return length > 1 && matrix.stride(1) != 1 ? matrix.contiguous() : matrix;
+}
+
+at::DimVector channel_statistics_shape(const at::Tensor& input, int64_t num_groups, bool over_batch) {
+  if (over_batch) return {num_groups};
+  return {input.size(0), num_groups};
+}
+
+ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch) {
+  const at::Tensor& input = *tensors.front();
+  TORCH_CHECK(input.dim() >= 2, "normops: expected input with at least 2 dimensions, got ", input.dim());
+  const at::MemoryFormat format = input.suggest_memory_format();
+  Geometry g{};
+  g.samples = input.size(0);
+  g.channels = input.size(1);
+  g.positions = positions_of(input);
+  g.num_groups = num_groups;
+  g.over_batch = over_batch;
+  TORCH_CHECK(num_groups > 0 ? g.channels % num_groups == 0 : g.channels == 0,
+              "normops: expected num_groups to divide ", g.channels, " channels, got ", num_groups);
+  const bool channels_last = format != at::MemoryFormat::Contiguous;
+  g.layout = g.channels > 1 && (channels_last || g.positions == 1) ? Layout::kChannelsLast : Layout::kContiguous;
+
+  std::vector<Strides> strides;
+  for (at::Tensor* tensor : tensors) {
+    TORCH_CHECK(tensor->sizes() == input.sizes() && tensor->scalar_type() == input.scalar_type() &&
+                    tensor->device() == input.device(),
+                "normops: expected a ", input.scalar_type(), " tensor of shape ", input.sizes(), " on ", input.device(),
+                ", got ", tensor->scalar_type(), " of shape ", tensor->sizes(), " on ", tensor->device());
+    auto found = strides_of(*tensor);
+    if (!found || !fits(*found, g)) {
+      *tensor = tensor->contiguous(format);
+      found = strides_of(*tensor);
+    }
+    strides.push_back(*found);
+  }
+
+  // A batch of channels_last samples that follow each other is one long sample to a layer that works over the batch.
+  const bool one_sample = g.layout == Layout::kChannelsLast && over_batch &&
+                          std::all_of(strides.begin(), strides.end(), [&](const Strides& s) {
+                            return g.positions == 1 || s.sample == s.position * g.positions;
+                          });
+  if (one_sample) {
+    if (g.positions == 1) {
+      for (Strides& s : strides) s.position = s.sample;
+    }
+    g.positions *= g.samples;
+    g.samples = 1;
+  }
+  const int64_t line_bytes = std::max<int64_t>(1, g.channels * input.element_size());
+  g.segment_length = g.layout == Layout::kContiguous ? kContiguousSegment
+                                                     : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines);
+  return {g, strides};
+}
+
+}  // namespace normops

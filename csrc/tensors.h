@@ -1,0 +1,47 @@
+#pragma once
+
+// What the engines of every device ask of a tensor: its shape as rows or as channels, parameters in the type of the
+// arithmetic, and the checks that keep a kernel inside its memory whoever calls it.
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "geometry.h"
+
+namespace normops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Mask3 = std::array<bool, 3>;
+
+// Arithmetic is done in float, and in double for double.
+inline at::ScalarType acc_type(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// A weight or bias as a contiguous tensor of `dtype`, checked to hold `numel` elements; undefined if absent.
+at::Tensor as_parameter(const OptionalTensor& tensor, const at::Tensor& input, int64_t numel, at::ScalarType dtype,
+                        const char* name);
+
+// (rows, length) of an input whose last `normalized_ndim` dimensions are a row, and the shape of its statistics.
+std::pair<int64_t, int64_t> row_shape(const at::Tensor& input, int64_t normalized_ndim);
+at::DimVector row_statistics_shape(const at::Tensor& input, int64_t normalized_ndim);
+
+// The matrix of rows, elements adjacent; a copy only where strides do not allow a view.
+at::Tensor as_rows(const at::Tensor& input, int64_t rows, int64_t length);
+
+// Shape of the statistics of a channel layer: (num_groups) over the batch, (N, num_groups) per sample.
+at::DimVector channel_statistics_shape(const at::Tensor& input, int64_t num_groups, bool over_batch);
+
+// A channel layer's tensors seen through one Geometry. The first tensor decides the layout; `tensors` are replaced by
+// copies where their strides do not fit it.
+struct ChannelView {
+  Geometry geometry;
+  std::vector<Strides> strides;  // one per tensor
+};
+ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);
+
+}  // namespace normops

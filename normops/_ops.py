@@ -1,0 +1,60 @@
+"""Loads the compiled library, which registers the operators, and says what they return without computing it."""
+
+import torch
+
+try:
+    from normops import _C
+except ImportError as error:
+    raise ImportError(
+        f"normops could not load its compiled library ({error}). It has to be built for the installed torch "
+        f"({torch.__version__}): run pip install --no-build-isolation . in the source tree."
+    ) from error
+
+BUILD_INFO = _C.build_info()
+
+
+def _acc_dtype(input):
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _dense_like(input):
+    """Channel layers return, as torch's do, a dense tensor in the memory format the input suggests."""
+    return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
+
+
+def _masked(output_mask, *makers):
+    return tuple(make() if wanted else None for wanted, make in zip(output_mask, makers, strict=True))
+
+
+@torch.library.register_fake("normops::_row_norm")
+def _(input, normalized_ndim, weight, bias, eps, centered):
+    statistics = [*input.shape[: input.dim() - normalized_ndim], *[1] * normalized_ndim]
+    output = input.new_empty(input.shape)
+    return output, *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
+
+
+@torch.library.register_fake("normops::_row_norm_backward")
+def _(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask):
+    def parameter():
+        return input.new_empty(input.shape[input.dim() - normalized_ndim :], dtype=_acc_dtype(input))
+
+    return _masked(output_mask, lambda: input.new_empty(input.shape), parameter, parameter)
+
+
+@torch.library.register_fake("normops::_channel_norm")
+def _(input, mean, var, weight, bias, num_groups, over_batch, eps):
+    statistics = [num_groups] if over_batch else [input.shape[0], num_groups]
+    return _dense_like(input), *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
+
+
+@torch.library.register_fake("normops::_channel_norm_backward")
+def _(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats, output_mask):
+    def parameter():
+        return input.new_empty([input.shape[1]], dtype=_acc_dtype(input))
+
+    return _masked(output_mask, lambda: _dense_like(input), parameter, parameter)
+
+
+@torch.library.register_fake("normops::_update_running_stats")
+def _(running_mean, running_var, mean, var, momentum, count):
+    return None

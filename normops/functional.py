@@ -1,0 +1,186 @@
+r"""``torch.nn.functional``'s normalization functions on the kernels of normops.
+
+The five functions take the arguments of their namesakes, in the same order, so exchanging the import exchanges the
+implementation. All of them compute
+
+.. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \mathrm{eps}}} \cdot \mathrm{weight} + \mathrm{bias}
+
+and differ in the elements over which ``mean`` and ``var`` (biased) are taken.
+
+``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
+be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in
+float32 (float64 for float64), and statistics are merged in float64. Contiguous and channels_last inputs are read as
+they lie, slices of them too; inputs with other strides are copied first. Each function can be differentiated any number
+of times, forward and backward, and works under ``torch.func`` and ``torch.compile``.
+
+Errors are of the types that torch raises: ``NotImplementedError`` for an input that is not floating or not strided,
+``ValueError`` for too few values per statistic or an impossible eps, and ``RuntimeError`` for shapes, parameters and
+devices that do not fit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normops import _ops  # noqa: F401  (registers the operators)
+
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
+_batch_norm = torch.ops.normops.batch_norm.default
+_group_norm = torch.ops.normops.group_norm.default
+_instance_norm = torch.ops.normops.instance_norm.default
+_layer_norm = torch.ops.normops.layer_norm.default
+_rms_norm = torch.ops.normops.rms_norm.default
+
+
+def _call(op, *args):
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        # Torch's own functions raise TypeError for an argument of the wrong type.
+        if "Expected a value of type" in str(error):
+            raise TypeError(str(error)) from None
+        raise
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Batch normalization: one statistic per channel, over the batch and all positions.
+
+    Ioffe and Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`__, 2015.
+
+    Args:
+        input: shape :math:`(N, C, *)`. The result has its shape, and its memory format if that is channels_last.
+        running_mean, running_var: shape :math:`(C)`. With ``training=True`` they may be ``None``, and are otherwise
+            moved in place to ``(1 - momentum) * running + momentum * statistic``, with the unbiased variance. With
+            ``training=False`` they are the statistics.
+        weight, bias: shape :math:`(C)`, or ``None``.
+        training: take the statistics from ``input``.
+        momentum: the share of the new statistic in the running one.
+        eps: added to the variance; positive when ``training``.
+
+    Raises:
+        ValueError: one value per channel with ``training=True``; only one of the running statistics; a bad ``eps``.
+        RuntimeError: a parameter or running statistic of the wrong shape or device; none of the latter in evaluation.
+        NotImplementedError: ``input`` is not a strided floating tensor.
+    """
+    return _call(_batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Instance normalization: one statistic per sample and channel, over all positions.
+
+    Ulyanov, Vedaldi and Lempitsky, `Instance Normalization <https://arxiv.org/abs/1607.08022>`__, 2016.
+
+    A channels_last input stays channels_last (torch returns a contiguous tensor).
+
+    Args:
+        input: shape :math:`(N, C, *)` with more than one position.
+        running_mean, running_var: shape :math:`(C)`, or ``None``; moved as in :func:`batch_norm` with the average of
+            the samples' statistics, or used as the statistics if ``use_input_stats=False``.
+        weight, bias: shape :math:`(C)`, or ``None``.
+        use_input_stats: take the statistics from ``input``.
+        momentum: the share of the new statistic in the running one.
+        eps: added to the variance.
+
+    Raises:
+        ValueError: one position per channel with ``use_input_stats=True``; only one of the running statistics.
+        RuntimeError: a parameter or running statistic of the wrong shape or device, or none of the latter with
+            ``use_input_stats=False``.
+        NotImplementedError: ``input`` is not a strided floating tensor.
+    """
+    return _call(_instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Group normalization: one statistic per sample and group of channels, over all positions.
+
+    Wu and He, `Group Normalization <https://arxiv.org/abs/1803.08494>`__, 2018.
+
+    Args:
+        input: shape :math:`(N, C, *)`. The result has its shape, and its memory format if that is channels_last.
+        num_groups: a divisor of :math:`C`. With :math:`C` groups this is instance norm, with one it is layer norm over
+            the whole sample.
+        weight, bias: shape :math:`(C)`, or ``None``.
+        eps: added to the variance.
+
+    Raises:
+        ValueError: one value per group.
+        RuntimeError: ``num_groups`` does not divide the channels; a parameter of the wrong shape or device.
+        NotImplementedError: ``input`` is not a strided floating tensor.
+    """
+    return _call(_group_norm, input, num_groups, weight, bias, eps)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalization: one statistic per row, the last ``len(normalized_shape)`` dimensions.
+
+    Ba, Kiros and Hinton, `Layer Normalization <https://arxiv.org/abs/1607.06450>`__, 2016.
+
+    Args:
+        input: shape :math:`(*, \text{normalized\_shape})`. The result is contiguous.
+        normalized_shape: the trailing dimensions of ``input``.
+        weight, bias: shape ``normalized_shape``, or ``None``.
+        eps: added to the variance.
+
+    Raises:
+        RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; a parameter has another shape
+            or device.
+        NotImplementedError: ``input`` is not a strided floating tensor.
+    """
+    return _call(_layer_norm, input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    r"""Root mean square layer normalization: :math:`x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}} \cdot \mathrm{weight}`
+    over the last ``len(normalized_shape)`` dimensions.
+
+    Zhang and Sennrich, `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`__, 2019.
+
+    Args:
+        input: shape :math:`(*, \text{normalized\_shape})`. The result is contiguous.
+        normalized_shape: the trailing dimensions of ``input``.
+        weight: shape ``normalized_shape``, or ``None``.
+        eps: added to the mean square; ``None`` is the machine epsilon of float32 (of float64 for float64), as in torch.
+
+    Raises:
+        RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; ``weight`` has another shape
+            or device.
+        NotImplementedError: ``input`` is not a strided floating tensor.
+    """
+    return _call(_rms_norm, input, normalized_shape, weight, eps)

@@ -1,0 +1,63 @@
+"""BatchNorm1d, 2d, 3d and their lazy forms."""
+
+import torch
+
+from normops import functional as F
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
+
+
+class _BatchNormForward:
+    """The forward of torch's ``_BatchNorm`` on :func:`normops.functional.batch_norm`."""
+
+    def forward(self, input):
+        self._check_input_dim(input)
+        use_input_stats = self.training or (self.running_mean is None and self.running_var is None)
+        track = self.training and self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if track and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)  # the cumulative average
+        keep_running = track or not self.training
+        return F.batch_norm(
+            input,
+            self.running_mean if keep_running else None,
+            self.running_var if keep_running else None,
+            self.weight,
+            self.bias,
+            use_input_stats,
+            momentum,
+            self.eps,
+        )
+
+
+class BatchNorm1d(_BatchNormForward, torch.nn.BatchNorm1d):
+    """Drop-in for :class:`torch.nn.BatchNorm1d`: ``(N, C)`` or ``(N, C, L)``; see
+    :func:`normops.functional.batch_norm`."""
+
+
+class BatchNorm2d(_BatchNormForward, torch.nn.BatchNorm2d):
+    """Drop-in for :class:`torch.nn.BatchNorm2d`: ``(N, C, H, W)``; see :func:`normops.functional.batch_norm`."""
+
+
+class BatchNorm3d(_BatchNormForward, torch.nn.BatchNorm3d):
+    """Drop-in for :class:`torch.nn.BatchNorm3d`: ``(N, C, D, H, W)``; see :func:`normops.functional.batch_norm`."""
+
+
+class LazyBatchNorm1d(_BatchNormForward, torch.nn.LazyBatchNorm1d):
+    """:class:`BatchNorm1d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_BatchNormForward, torch.nn.LazyBatchNorm2d):
+    """:class:`BatchNorm2d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_BatchNormForward, torch.nn.LazyBatchNorm3d):
+    """:class:`BatchNorm3d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm3d

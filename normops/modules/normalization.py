@@ -1,0 +1,28 @@
+"""LayerNorm, RMSNorm and GroupNorm."""
+
+import torch
+
+from normops import functional as F
+
+__all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Drop-in for :class:`torch.nn.LayerNorm`; see :func:`normops.functional.layer_norm`."""
+
+    def forward(self, input):
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Drop-in for :class:`torch.nn.RMSNorm`; see :func:`normops.functional.rms_norm`."""
+
+    def forward(self, input):
+        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+
+
+class GroupNorm(torch.nn.GroupNorm):
+    """Drop-in for :class:`torch.nn.GroupNorm`; see :func:`normops.functional.group_norm`."""
+
+    def forward(self, input):
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -1,0 +1,79 @@
+"""Builds the C++ library. Everything else about the package is in pyproject.toml."""
+
+import platform
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    raise SystemExit(
+        "normops is compiled against the PyTorch it will run with: install torch first (pip install torch), "
+        "then run pip install --no-build-isolation ."
+    ) from None
+
+ROOT = Path(__file__).parent
+NAME = "normops._C"
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+# -O3: g++ does not vectorise at -O2. -fopenmp: at::parallel_for is serial without it. No -march=native and no
+# -ffast-math: a wheel runs on other machines, and the sums rely on rounding.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+
+# The kernel files are compiled once for each of these; the library picks one when it is loaded.
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {"DEFAULT": []}
+if X86:
+    INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
+KERNELS = ["csrc/cpu/channel_kernels.cpp", "csrc/cpu/row_kernels.cpp"]
+
+# g++ 12 takes the undefined lanes of AVX-512 intrinsics for a mistake.
+KERNEL_FLAGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+class Build(BuildExtension):
+    """Compiles the kernels for every instruction set, and keeps objects between builds."""
+
+    def finalize_options(self):
+        # Editable installs would build in a temporary directory, from scratch each time.
+        self.build_temp = self.build_temp or str(ROOT / "build" / f"torch-{torch.__version__}")
+        super().finalize_options()
+
+    def build_extension(self, ext):
+        for name, flags in INSTRUCTION_SETS.items():
+            ext.extra_objects += self.compiler.compile(
+                KERNELS,
+                output_dir=f"{self.build_temp}/{name}",
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"],
+                depends=ext.depends,
+            )
+        super().build_extension(ext)
+
+
+def sources():
+    everything = (str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp")))
+    return [path for path in everything if path not in KERNELS]
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            NAME,
+            sources(),
+            depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.*"))],
+            define_macros=[
+                ("NORMOPS_VERSION", f'"{VERSION}"'),
+                ("NORMOPS_INSTRUCTION_SETS", f'"{" ".join(INSTRUCTION_SETS)}"'),
+                *([("NORMOPS_X86", None)] if X86 else []),
+            ],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp", "-s"],
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)

@@ -1,0 +1,62 @@
+# make bench    compares normops with torch on this machine and trains two networks on real data
+# make test     builds and runs the test suite
+#
+# Both set up everything they need in a virtual environment first; a second run rebuilds only what changed.
+#
+#   PYTHON=python3.12       the interpreter of the virtual environment
+#   TORCH=torch==2.14.1     the torch to install in it
+#   VENV=                   no virtual environment: use PYTHON as it is, and install nothing
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BENCH_ARGS ?=
+TEST_ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+ENVIRONMENT :=
+else
+RUN := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.ready
+endif
+
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: bench test build lint format package clean
+
+bench: build
+	$(RUN) -m bench $(BENCH_ARGS)
+
+test: build
+	$(RUN) -m pytest $(TEST_ARGS)
+
+# The compiler is asked each time: ninja knows better than make what a changed header touches.
+build: $(ENVIRONMENT)
+	$(RUN) setup.py --quiet build_ext --inplace
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet --group build --group test --group bench --group lint
+	touch $@
+
+lint: $(ENVIRONMENT)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m clang_format --dry-run --Werror $(CPP)
+
+format: $(ENVIRONMENT)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(RUN) -m clang_format -i $(CPP)
+
+# Installs as a user would, out of reach of the source tree, and asks the installed package what it is.
+package: $(ENVIRONMENT)
+	rm -rf build/installed
+	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --target build/installed .
+	cd build/installed && PYTHONPATH=. $(abspath $(RUN)) -m normops
+
+clean:
+	rm -rf build dist *.egg-info normops/*.so .venv

@@ -1,0 +1,1 @@
+"""The benchmark of normops: ``python -m bench``."""

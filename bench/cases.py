@@ -1,0 +1,119 @@
+"""What is measured: the shapes that real networks give their normalization layers, and a few odd ones."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+_BATCH_NORM = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_INSTANCE_NORM = {4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+LAYERS = {
+    "layer_norm": lambda shape: nn.LayerNorm(shape[-1]),
+    "rms_norm": lambda shape: nn.RMSNorm(shape[-1], eps=1e-6),
+    "batch_norm": lambda shape: _BATCH_NORM[len(shape)](shape[1]),
+    "batch_norm_eval": lambda shape: _BATCH_NORM[len(shape)](shape[1]).eval(),
+    "instance_norm": lambda shape: _INSTANCE_NORM[len(shape)](shape[1], affine=True),
+    "group_norm": lambda shape: nn.GroupNorm(32, shape[1]),
+}
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+LAYOUTS = ["contiguous", "channels_last"]
+
+_ROWS = [(4096, 768), (4096, 4096), (65536, 64), (8192, 1024), (32, 128), (16, 12288), (64, 1000000)]
+_TIMED = {
+    "layer_norm": [*_ROWS, (4096, 1000), (4096, 17)],
+    "rms_norm": _ROWS,
+    "batch_norm": [
+        (32, 64, 56, 56),
+        (32, 512, 7, 7),
+        (8, 64, 128, 128),
+        (4096, 512),
+        (2, 32, 32, 64, 64),
+        (32, 3, 224, 224),
+        (16, 17, 33, 33),
+    ],
+    "batch_norm_eval": [(32, 64, 56, 56), (8, 64, 128, 128)],
+    "instance_norm": [(8, 64, 128, 128), (2, 32, 64, 64, 64)],
+    "group_norm": [(8, 256, 64, 64), (2, 64, 32, 32), (2, 1280, 16, 16)],
+}
+_QUICK = {
+    "layer_norm": [(4096, 768), (32, 128)],
+    "rms_norm": [(4096, 768)],
+    "batch_norm": [(32, 512, 7, 7)],
+    "batch_norm_eval": [(32, 64, 28, 28)],
+    "instance_norm": [(8, 64, 32, 32)],
+    "group_norm": [(2, 64, 32, 32)],
+}
+# Small, for the sake of the reference in float64.
+_ACCURACY = {
+    "layer_norm": [(256, 768)],
+    "rms_norm": [(256, 768)],
+    "batch_norm": [(8, 32, 28, 28)],
+    "batch_norm_eval": [(8, 32, 28, 28)],
+    "instance_norm": [(8, 32, 28, 28)],
+    "group_norm": [(8, 64, 28, 28)],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    device: str
+    mean: float = 0.0  # of the data
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.layer, self.size, self.dtype, self.layout, self.device])
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    def make_layer(self) -> nn.Module:
+        """Torch's layer, with parameters and running statistics unlike those of a new one."""
+        layer = LAYERS[self.layer](self.shape)
+        for parameter in layer.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        if getattr(layer, "running_mean", None) is not None:
+            nn.init.normal_(layer.running_mean, self.mean)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+        return layer.to(self.device, getattr(torch, self.dtype))
+
+    def make_data(self) -> tuple[Tensor, Tensor]:
+        """The input, and the gradient of the output."""
+        return tuple(self._random(mean) for mean in (self.mean, 0.0))
+
+    def _random(self, mean: float) -> Tensor:
+        memory_format = torch.contiguous_format if self.layout == "contiguous" else _CHANNELS_LAST[len(self.shape)]
+        values = torch.randn(self.shape, device=self.device).add_(mean)
+        return values.to(getattr(torch, self.dtype), memory_format=memory_format)
+
+
+def _cases(table, layers, dtypes, layouts, devices, **data) -> Iterator[Case]:
+    for device, layer in product(devices, layers):
+        for shape, layout, dtype in product(table[layer], layouts, dtypes):
+            if layout == "contiguous" or len(shape) in _CHANNELS_LAST:
+                yield Case(layer, shape, dtype, layout, device, **data)
+
+
+def timed_cases(
+    layers: Sequence[str], dtypes: Sequence[str], layouts: Sequence[str], devices: Sequence[str], quick: bool
+) -> list[Case]:
+    return list(_cases(_QUICK if quick else _TIMED, layers, dtypes, layouts, devices))
+
+
+def accuracy_cases(
+    layers: Sequence[str], dtypes: Sequence[str], layouts: Sequence[str], devices: Sequence[str]
+) -> list[Case]:
+    """Ordinary data, and in float32 data far from zero, where a careless variance loses its digits."""
+    far = [dtype for dtype in dtypes if dtype == "float32"]
+    return [
+        *_cases(_ACCURACY, layers, dtypes, layouts, devices),
+        *_cases(_ACCURACY, layers, far, layouts, devices, mean=1e4),
+    ]

@@ -27,12 +27,10 @@ template <typename T>
 void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
-    for (int64_t c = 0; c < tile.channels; ++c) {
-      std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
-    }
+    for (int64_t c = 0; c < tile.channels; ++c) std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
     return;
   }
-  const double n = tile.positions;
+  const double inverse = 1.0 / tile.positions;
   for_channel_blocks(tile.channels, [&](int64_t c, int64_t channels) {
     const Lines<const T> lines = from(x, c);
     alignas(64) A center[kChannels] = {};
@@ -40,17 +38,18 @@ void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
     sum_across<T, 1>(tile.positions, channels, center, 0, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
       s[0] = s[0] + Pack<T>::load(lines[line] + j, lanes);
     });
-    for (int64_t i = 0; i < channels; ++i) center[i] = center[i] / A(n);
+    for (A& value : center) value *= A(inverse);
     sum_across<T, 2>(tile.positions, channels, sums[0], kChannels,
                      [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-                       const Pack<T> d = Pack<T>::load(lines[line] + j, lanes) - Pack<T>::load(center + j, lanes);
+                       const Pack<T> d = Pack<T>::load(lines[line] + j, lanes) - Pack<T>::load_packed(center + j);
                        s[0] = s[0] + d;
                        s[1] = fmadd(d, d, s[1]);
                      });
-    for (int64_t i = 0; i < channels; ++i) {
-      mean[c + i] = double(center[i]) + double(sums[0][i]) / n;
-      m2[c + i] = double(sums[1][i]) - double(sums[0][i]) * sums[0][i] / n;
-    }
+    for_pack_order<T>(channels, [&](int64_t j, int64_t at) {
+      const double low = sums[0][at] * inverse;
+      mean[c + j] = center[at] + low;
+      m2[c + j] = sums[1][at] - sums[0][at] * low;
+    });
   });
 }
 
@@ -76,55 +75,62 @@ void grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<
   }
   for_channel_blocks(tile.channels, [&](int64_t c, int64_t channels) {
     const Lines<const T> grads = from(dy, c), lines = from(x, c);
+    alignas(64) A centers[kChannels] = {};
     alignas(64) A sums[2][kChannels] = {};
+    for_pack_order<T>(channels, [&](int64_t j, int64_t at) { centers[at] = center[c + j]; });
     sum_across<T, 2>(tile.positions, channels, sums[0], kChannels,
                      [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
                        const Pack<T> g = Pack<T>::load(grads[line] + j, lanes);
-                       const Pack<T> d = Pack<T>::load(lines[line] + j, lanes) - Pack<T>::load(center + c + j, lanes);
                        s[0] = s[0] + g;
-                       s[1] = fmadd(g, d, s[1]);
+                       s[1] = fmadd(g, Pack<T>::load(lines[line] + j, lanes) - Pack<T>::load_packed(centers + j), s[1]);
                      });
-    for (int64_t i = 0; i < channels; ++i) {
-      sum_dy[c + i] = sums[0][i];
-      sum_dy_x[c + i] = sums[1][i];
+    for_pack_order<T>(channels, [&](int64_t j, int64_t at) {
+      sum_dy[c + j] = sums[0][at];
+      sum_dy_x[c + j] = sums[1][at];
+    });
+  });
+}
+
+// Calls body(line, j, lanes, coefficients) for every pack of the tile, with the packs of kCount coefficient arrays
+// that belong to it.
+template <typename T, int kCount, typename Body>
+void map(const Tile& tile, const Acc<T>* const (&arrays)[kCount], Body body) {
+  if (tile.layout == Layout::kContiguous) {
+    for (int64_t c = 0; c < tile.channels; ++c) {
+      Pack<T> coefficients[kCount];
+      for (int k = 0; k < kCount; ++k) coefficients[k] = arrays[k][c];
+      sweep<T, 2>(tile.positions, [&](int64_t j, auto lanes, auto) { body(c, j, lanes, coefficients); });
+    }
+    return;
+  }
+  for_channel_blocks(tile.channels, [&](int64_t c, int64_t channels) {
+    alignas(64) Acc<T> packed[kCount][kChannels] = {};
+    for_pack_order<T>(channels, [&](int64_t j, int64_t at) {
+      for (int k = 0; k < kCount; ++k) packed[k][at] = arrays[k][c + j];
+    });
+    for (int64_t p = 0; p < tile.positions; ++p) {
+      sweep<T, 2>(channels, [&](int64_t j, auto lanes, auto) {
+        Pack<T> coefficients[kCount];
+        for (int k = 0; k < kCount; ++k) coefficients[k] = Pack<T>::load_packed(packed[k] + j);
+        body(p, c + j, lanes, coefficients);
+      });
     }
   });
 }
 
-// Calls body(line, j, lanes, load) for every pack of the tile; load(coefficients) gives the pack of coefficients
-// that belongs to it.
-template <typename T, typename Body>
-void map(const Tile& tile, Body body) {
-  if (tile.layout == Layout::kContiguous) {
-    for (int64_t c = 0; c < tile.channels; ++c) {
-      sweep<T, 2>(tile.positions, [&](int64_t j, auto lanes, auto) {
-        body(c, j, lanes, [&](const Acc<T>* coefficients) { return Pack<T>(coefficients[c]); });
-      });
-    }
-    return;
-  }
-  for (int64_t p = 0; p < tile.positions; ++p) {
-    sweep<T, 2>(tile.channels, [&](int64_t j, auto lanes, auto) {
-      body(p, j, lanes, [&](const Acc<T>* coefficients) { return Pack<T>::load(coefficients + j, lanes); });
-    });
-  }
-}
-
 template <typename T>
 void apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
-  map<T>(tile, [&](int64_t line, int64_t j, auto lanes, auto load) {
-    const Pack<T> d = Pack<T>::load(x[line] + j, lanes) - load(k.center);
-    fmadd(d, load(k.scale), load(k.shift)).store(y[line] + j, lanes);
+  map<T, 3>(tile, {k.center, k.scale, k.shift}, [&](int64_t line, int64_t j, auto lanes, const Pack<T>* k) {
+    fmadd(Pack<T>::load(x[line] + j, lanes) - k[0], k[1], k[2]).store(y[line] + j, lanes);
   });
 }
 
 template <typename T>
 void grad_apply(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
                 const BackwardCoefficients<Acc<T>>& k) {
-  map<T>(tile, [&](int64_t line, int64_t j, auto lanes, auto load) {
-    const Pack<T> g = Pack<T>::load(dy[line] + j, lanes);
-    const Pack<T> d = Pack<T>::load(x[line] + j, lanes) - load(k.center);
-    fmadd(g, load(k.scale), fmadd(d, load(k.slope), load(k.shift))).store(dx[line] + j, lanes);
+  map<T, 4>(tile, {k.center, k.scale, k.slope, k.shift}, [&](int64_t line, int64_t j, auto lanes, const Pack<T>* k) {
+    const Pack<T> d = Pack<T>::load(x[line] + j, lanes) - k[0];
+    fmadd(Pack<T>::load(dy[line] + j, lanes), k[1], fmadd(d, k[2], k[3])).store(dx[line] + j, lanes);
   });
 }
 

@@ -15,9 +15,8 @@
 #include <utility>
 
 #include "../statistics.h"
+#include "bfloat16.h"
 #include "kernels.h"
-
-#define NORMOPS_INLINE __attribute__((always_inline)) inline
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
@@ -28,7 +27,9 @@ struct Tail {
   int64_t count;
 };
 
-// One register's worth of T, held as accumulation type: one vector for float and double, two for 16-bit types.
+// One register's worth of T, held as accumulation type: one vector for float and double, two for 16-bit types. The
+// elements are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (bfloat16.h).
+// Arrays of coefficients that go with a line of T are kept in this pack order, padded to whole packs.
 template <typename T>
 struct Pack {
   using A = Acc<T>;
@@ -36,6 +37,7 @@ struct Pack {
   static constexpr int kParts = sizeof(A) / sizeof(T);
   static constexpr int64_t kLanes = Vec::size();
   static constexpr int64_t kSize = kParts * kLanes;
+  static constexpr bool kSplit = std::is_same_v<T, c10::BFloat16> && kSplitBFloat16;
 
   Vec part[kParts];
 
@@ -44,48 +46,55 @@ struct Pack {
     for (int i = 0; i < kParts; ++i) part[i] = Vec(value);
   }
 
-  NORMOPS_INLINE static int64_t lanes_in(int part, Tail tail) {
-    return std::min(std::max(tail.count - part * kLanes, int64_t(0)), kLanes);
-  }
+  // Which element of the line is lane `lane` of part `part` of its pack.
+  static constexpr int64_t element(int part, int64_t lane) { return kSplit ? 2 * lane + part : part * kLanes + lane; }
 
-  // From elements of type T, or of the accumulation type (weights, coefficients). Lanes past the tail are zero.
-  template <typename U, typename Lanes>
-  NORMOPS_INLINE static Pack load(const U* source, Lanes lanes) {
-    static_assert(std::is_same_v<U, T> || std::is_same_v<U, A>);
+  // Elements of the line; those past the tail are zero.
+  template <typename Lanes>
+  NORMOPS_INLINE static Pack load(const T* source, Lanes lanes) {
     constexpr bool kFull = std::is_same_v<Lanes, Full>;
     Pack result;
-    if constexpr (std::is_same_v<U, A>) {
-      for (int i = 0; i < kParts; ++i) {
-        if constexpr (kFull)
-          result.part[i] = Vec::loadu(source + i * kLanes);
-        else if (lanes_in(i, lanes) > 0)
-          result.part[i] = Vec::loadu(source + i * kLanes, lanes_in(i, lanes));
-      }
+    if constexpr (kParts == 1) {
+      if constexpr (kFull)
+        result.part[0] = Vec::loadu(source);
+      else
+        result.part[0] = Vec::loadu(source, lanes.count);
     } else {
       using Narrow = at::vec::Vectorized<T>;
-      Narrow narrow;
-      if constexpr (kFull)
-        narrow = Narrow::loadu(source);
-      else
-        narrow = Narrow::loadu(source, lanes.count);
-      std::tie(result.part[0], result.part[1]) = at::vec::convert_to_float<T>(narrow);
+      if constexpr (kSplit) {
+        Words words;
+        if constexpr (kFull)
+          words = load_words(source);
+        else
+          words = Words(Narrow::loadu(source, lanes.count));
+        result.part[0] = even_floats(words);
+        result.part[1] = odd_floats(words);
+      } else {
+        Narrow narrow;
+        if constexpr (kFull)
+          narrow = Narrow::loadu(source);
+        else
+          narrow = Narrow::loadu(source, lanes.count);
+        std::tie(result.part[0], result.part[1]) = at::vec::convert_to_float<T>(narrow);
+      }
     }
     return result;
   }
 
-  template <typename U, typename Lanes>
-  NORMOPS_INLINE void store(U* target, Lanes lanes) const {
-    static_assert(std::is_same_v<U, T> || std::is_same_v<U, A>);
+  template <typename Lanes>
+  NORMOPS_INLINE void store(T* target, Lanes lanes) const {
     constexpr bool kFull = std::is_same_v<Lanes, Full>;
-    if constexpr (std::is_same_v<U, A>) {
-      for (int i = 0; i < kParts; ++i) {
-        if constexpr (kFull)
-          part[i].store(target + i * kLanes);
-        else if (lanes_in(i, lanes) > 0)
-          part[i].store(target + i * kLanes, lanes_in(i, lanes));
-      }
+    if constexpr (kSplit && kFull) {
+      store_words(target, join_words(part[0], part[1]));
     } else {
-      const auto narrow = at::vec::convert_from_float<T>(part[0], part[1]);
+      const auto narrow = [&] {
+        if constexpr (kParts == 1)
+          return part[0];
+        else if constexpr (kSplit)
+          return at::vec::Vectorized<T>(join_words(part[0], part[1]));
+        else
+          return at::vec::convert_from_float<T>(part[0], part[1]);
+      }();
       if constexpr (kFull)
         narrow.store(target);
       else
@@ -93,12 +102,22 @@ struct Pack {
     }
   }
 
+  // A whole pack of an array in pack order.
+  NORMOPS_INLINE static Pack load_packed(const A* source) {
+    Pack result;
+    for (int i = 0; i < kParts; ++i) result.part[i] = Vec::loadu(source + i * kLanes);
+    return result;
+  }
+  NORMOPS_INLINE void store_packed(A* target) const {
+    for (int i = 0; i < kParts; ++i) part[i].store(target + i * kLanes);
+  }
+
   // Zero past the tail: for terms of a sum that are not zero where x is.
   NORMOPS_INLINE Pack masked(Full) const { return *this; }
   NORMOPS_INLINE Pack masked(Tail tail) const {
     Pack result;
     for (int i = 0; i < kParts; ++i) {
-      const Vec index = Vec::arange(A(i * kLanes), A(1));
+      const Vec index = Vec::arange(A(element(i, 0)), A(element(i, 1) - element(i, 0)));
       result.part[i] = Vec::blendv(Vec(A(0)), part[i], index < Vec(A(tail.count)));
     }
     return result;
@@ -137,6 +156,23 @@ struct Pack {
   }
 };
 
+// f(natural index, index in pack order) for `length` elements.
+template <typename T, typename F>
+NORMOPS_INLINE void for_pack_order(int64_t length, F f) {
+  if constexpr (!Pack<T>::kSplit) {
+    for (int64_t j = 0; j < length; ++j) f(j, j);
+  } else {
+    for (int64_t begin = 0; begin < length; begin += Pack<T>::kSize) {
+      for (int part = 0; part < Pack<T>::kParts; ++part) {
+        for (int64_t lane = 0; lane < Pack<T>::kLanes; ++lane) {
+          const int64_t j = begin + Pack<T>::element(part, lane);
+          if (j < length) f(j, begin + part * Pack<T>::kLanes + lane);
+        }
+      }
+    }
+  }
+}
+
 template <typename F, int... I>
 NORMOPS_INLINE void unroll(std::integer_sequence<int, I...>, F f) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -159,32 +195,34 @@ NORMOPS_INLINE void sweep(int64_t length, Body body) {
   if (j < length) body(j, Tail{length - j}, std::integral_constant<int, 0>{});
 }
 
-// Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms).
+// Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms). Eight registers
+// of sums are enough to keep both adders busy.
 template <typename T, int kTerms, typename Term>
 NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
-  constexpr int kUnroll = 4 / Pack<T>::kParts;
+  constexpr int kUnroll = 8 / (kTerms * Pack<T>::kParts);
   Pack<T> sums[kUnroll][kTerms];
   sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
   std::array<Acc<T>, kTerms> result;
   for (int k = 0; k < kTerms; ++k) {
-    Pack<T> total = sums[0][k];
-    for (int u = 1; u < kUnroll; ++u) total = total + sums[u][k];
-    result[k] = total.sum();
+    for (int step = kUnroll / 2; step > 0; step /= 2) {
+      for (int u = 0; u < step; ++u) sums[u][k] = sums[u][k] + sums[u + step][k];
+    }
+    result[k] = sums[0][k].sum();
   }
   return result;
 }
 
 // Sums of kTerms quantities across lines, one per element of the line: term(line, j, lanes, sums) adds the pack
-// at j of one line. Four lines at a time, so that the sums (kTerms arrays, `stride` apart) are loaded and stored once
-// for four lines and memory is read in a few long streams.
+// at j of one line. Four lines at a time, so that the sums (kTerms arrays in pack order, `stride` apart) are loaded and
+// stored once for four lines and memory is read in a few long streams.
 template <typename T, int kTerms, typename Term>
 NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int64_t stride, Term term) {
   const auto add = [&](int64_t first, auto count) {
     sweep<T>(length, [&](int64_t j, auto lanes, auto) {
       Pack<T> totals[kTerms];
-      for (int k = 0; k < kTerms; ++k) totals[k] = Pack<T>::load(sums + k * stride + j, lanes);
+      for (int k = 0; k < kTerms; ++k) totals[k] = Pack<T>::load_packed(sums + k * stride + j);
       unroll<count>([&](auto i) { term(first + i, j, lanes, totals); });
-      for (int k = 0; k < kTerms; ++k) totals[k].store(sums + k * stride + j, lanes);
+      for (int k = 0; k < kTerms; ++k) totals[k].store_packed(sums + k * stride + j);
     });
   };
   int64_t line = 0;
@@ -195,24 +233,30 @@ NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int6
 // Sums in float are taken over at most this many elements before they go on in double.
 constexpr int64_t kChunk = 4096;
 
-// Mean and M2 by the corrected two-pass formula, chunk by chunk while the chunk is in cache. Deviations are taken
-// from the rounded mean; their own mean is what rounding lost, so it sharpens both results at no cost.
+// Mean and M2 of one chunk by the corrected two-pass formula. Deviations are taken from the rounded mean; their own
+// mean is what rounding lost, so it sharpens both results at no cost.
 template <typename T>
-std::pair<double, double> moments_along(const T* x, int64_t length) {
-  double mean = 0, m2 = 0;
-  for (int64_t begin = 0; begin < length; begin += kChunk) {
-    const T* chunk = x + begin;
+NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse) {
+  const auto [total] = sum_along<T, 1>(
+      n, [&](int64_t j, auto lanes, Pack<T>* sums) { sums[0] = sums[0] + Pack<T>::load(x + j, lanes); });
+  const Acc<T> center = total * Acc<T>(inverse);
+  const auto [first, second] = sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
+    const Pack<T> d = (Pack<T>::load(x + j, lanes) - center).masked(lanes);
+    sums[0] = sums[0] + d;
+    sums[1] = fmadd(d, d, sums[1]);
+  });
+  const double low = first * inverse;
+  return {center + low, second - first * low};
+}
+
+// Mean and M2 of a line, chunk by chunk while the chunk is in cache.
+template <typename T>
+NORMOPS_INLINE std::pair<double, double> moments_along(const T* x, int64_t length) {
+  int64_t begin = std::min(kChunk, length);
+  auto [mean, m2] = chunk_moments(x, begin, 1.0 / begin);
+  for (; begin < length; begin += kChunk) {
     const int64_t n = std::min(kChunk, length - begin);
-    const auto [total] = sum_along<T, 1>(
-        n, [&](int64_t j, auto lanes, Pack<T>* sums) { sums[0] = sums[0] + Pack<T>::load(chunk + j, lanes); });
-    const Acc<T> center = total / Acc<T>(n);
-    const auto [first, second] = sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
-      const Pack<T> d = (Pack<T>::load(chunk + j, lanes) - center).masked(lanes);
-      sums[0] = sums[0] + d;
-      sums[1] = fmadd(d, d, sums[1]);
-    });
-    const double chunk_mean = double(center) + double(first) / n;
-    const double chunk_m2 = double(second) - double(first) * first / n;
+    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n);
     MomentsMerge(begin, n)(mean, m2, chunk_mean, chunk_m2);
   }
   return {mean, m2};

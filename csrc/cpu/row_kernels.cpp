@@ -23,12 +23,13 @@ double sum_of_squares(const T* x, int64_t length) {
 template <typename T, bool kWeight, bool kBias>
 void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
+  const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.x[row];
     T* y = a.y[row];
     const auto [mean, m2] =
         a.centered ? moments_along(x, a.length) : std::pair<double, double>(0.0, sum_of_squares(x, a.length));
-    const double rstd = 1 / std::sqrt(m2 / a.length + a.eps);
+    const double rstd = 1 / std::sqrt(m2 * inverse + a.eps);
     a.mean[row] = mean;
     a.rstd[row] = rstd;
     const A center = A(mean);
@@ -37,11 +38,11 @@ void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
     sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
       if constexpr (kWeight && kBias) {
-        v = fmadd(v, Pack<T>::load(a.weight + j, lanes), Pack<T>::load(a.bias + j, lanes));
+        v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
       } else if constexpr (kWeight) {
-        v = v * Pack<T>::load(a.weight + j, lanes);
+        v = v * Pack<T>::load_packed(a.weight + j);
       } else if constexpr (kBias) {
-        v = v + Pack<T>::load(a.bias + j, lanes);
+        v = v + Pack<T>::load_packed(a.bias + j);
       }
       v.store(y + j, lanes);
     });
@@ -70,7 +71,7 @@ RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
         sum_along<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, Pack<T>* sums) {
           const int64_t j = from + i;
           Pack<T> g = Pack<T>::load(dy + j, lanes);
-          if constexpr (kWeight) g = g * Pack<T>::load(a.weight + j, lanes);
+          if constexpr (kWeight) g = g * Pack<T>::load_packed(a.weight + j);
           sums[0] = sums[0] + g;
           sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - center, sums[1]);
         });
@@ -78,8 +79,9 @@ RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
     sum_g_x += second;
   }
   sum_g_x -= low * sum_g;
-  const double slope = -rstd * rstd * rstd * sum_g_x / a.length;
-  const double shift = (a.centered ? -rstd * sum_g / a.length : 0.0) - slope * low;
+  const double inverse = 1.0 / a.length;
+  const double slope = -rstd * rstd * rstd * sum_g_x * inverse;
+  const double shift = (a.centered ? -rstd * sum_g * inverse : 0.0) - slope * low;
   return {center, A(rstd), A(slope), A(shift)};
 }
 
@@ -97,10 +99,10 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
     }
     sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> weight, dweight, dbias;
-      if constexpr (kWeight && kDx) weight = Pack<T>::load(a.weight + j, lanes);
+      if constexpr (kWeight && kDx) weight = Pack<T>::load_packed(a.weight + j);
       if constexpr (kParams) {
-        dweight = Pack<T>::load(a.dweight + j, lanes);
-        dbias = Pack<T>::load(a.dbias + j, lanes);
+        dweight = Pack<T>::load_packed(a.dweight + j);
+        dbias = Pack<T>::load_packed(a.dbias + j);
       }
       unroll<count>([&](auto r) {
         const Pack<T> g = Pack<T>::load(a.dy[first + r] + j, lanes);
@@ -115,8 +117,8 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
         }
       });
       if constexpr (kParams) {
-        dweight.store(a.dweight + j, lanes);
-        dbias.store(a.dbias + j, lanes);
+        dweight.store_packed(a.dweight + j);
+        dbias.store_packed(a.dbias + j);
       }
     });
   };
@@ -145,7 +147,21 @@ void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+void pack_parameter(const Acc<T>* natural, int64_t length, Acc<T>* packed) {
+  for_pack_order<T>(length, [&](int64_t j, int64_t at) { packed[at] = natural[j]; });
+}
+
+template <typename T>
+void unpack_parameter(const Acc<T>* packed, int64_t length, Acc<T>* natural) {
+  for_pack_order<T>(length, [&](int64_t j, int64_t at) { natural[j] = packed[at]; });
+}
+
+template <typename T>
 void add(Kernels<T>& kernels) {
+  kernels.pack_size = Pack<T>::kSize;
+  kernels.memory_order = !Pack<T>::kSplit;
+  kernels.pack_parameter = pack_parameter<T>;
+  kernels.unpack_parameter = unpack_parameter<T>;
   kernels.row_forward = forward<T>;
   kernels.row_backward = backward<T>;
 }

@@ -15,8 +15,8 @@
 #include <utility>
 
 #include "../statistics.h"
-#include "bfloat16.h"
 #include "kernels.h"
+#include "narrow.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
@@ -28,7 +28,7 @@ struct Tail {
 };
 
 // One register's worth of T, held as accumulation type: one vector for float and double, two for 16-bit types. The
-// elements are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (bfloat16.h).
+// elements are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (narrow.h).
 // Arrays of coefficients that go with a line of T are kept in this pack order, padded to whole packs.
 template <typename T>
 struct Pack {
@@ -52,54 +52,32 @@ struct Pack {
   // Elements of the line; those past the tail are zero.
   template <typename Lanes>
   NORMOPS_INLINE static Pack load(const T* source, Lanes lanes) {
-    constexpr bool kFull = std::is_same_v<Lanes, Full>;
-    Pack result;
-    if constexpr (kParts == 1) {
-      if constexpr (kFull)
-        result.part[0] = Vec::loadu(source);
+    const auto elements = [&] {
+      if constexpr (std::is_same_v<Lanes, Full>)
+        return at::vec::Vectorized<T>::loadu(source);
       else
-        result.part[0] = Vec::loadu(source, lanes.count);
-    } else {
-      using Narrow = at::vec::Vectorized<T>;
-      if constexpr (kSplit) {
-        Words words;
-        if constexpr (kFull)
-          words = load_words(source);
-        else
-          words = Words(Narrow::loadu(source, lanes.count));
-        result.part[0] = even_floats(words);
-        result.part[1] = odd_floats(words);
-      } else {
-        Narrow narrow;
-        if constexpr (kFull)
-          narrow = Narrow::loadu(source);
-        else
-          narrow = Narrow::loadu(source, lanes.count);
-        std::tie(result.part[0], result.part[1]) = at::vec::convert_to_float<T>(narrow);
-      }
-    }
+        return at::vec::Vectorized<T>::loadu(source, lanes.count);
+    }();
+    Pack result;
+    if constexpr (kParts == 1)
+      result.part[0] = elements;
+    else
+      std::tie(result.part[0], result.part[1]) = widen<T>(elements);
     return result;
   }
 
   template <typename Lanes>
   NORMOPS_INLINE void store(T* target, Lanes lanes) const {
-    constexpr bool kFull = std::is_same_v<Lanes, Full>;
-    if constexpr (kSplit && kFull) {
-      store_words(target, join_words(part[0], part[1]));
-    } else {
-      const auto narrow = [&] {
-        if constexpr (kParts == 1)
-          return part[0];
-        else if constexpr (kSplit)
-          return at::vec::Vectorized<T>(join_words(part[0], part[1]));
-        else
-          return at::vec::convert_from_float<T>(part[0], part[1]);
-      }();
-      if constexpr (kFull)
-        narrow.store(target);
+    const auto elements = [&] {
+      if constexpr (kParts == 1)
+        return part[0];
       else
-        narrow.store(target, lanes.count);
-    }
+        return narrow<T>(part[0], part[1]);
+    }();
+    if constexpr (std::is_same_v<Lanes, Full>)
+      elements.store(target);
+    else
+      elements.store(target, lanes.count);
   }
 
   // A whole pack of an array in pack order.

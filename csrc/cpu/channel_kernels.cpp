@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "pack.h"
+#include "lines.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
@@ -27,7 +27,17 @@ template <typename T>
 void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
-    for (int64_t c = 0; c < tile.channels; ++c) std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
+    const bool done = if_short<T>(tile.positions, [&](auto packs) {
+      ShortLine<T, packs> line(tile.positions);
+      for (int64_t c = 0; c < tile.channels; ++c) {
+        line.load(x[c]);
+        const double center = line.center();
+        const auto [low, squares] = line.mean_and_squares();
+        mean[c] = center + low;
+        m2[c] = squares - low * low * tile.positions;
+      }
+    });
+    for (int64_t c = 0; !done && c < tile.channels; ++c) std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
     return;
   }
   const double inverse = 1.0 / tile.positions;

@@ -1,6 +1,6 @@
 #pragma once
 
-// Registers full of elements, and the loops over memory that every kernel is written with. Included only by the
+// Registers full of elements, and the loop over memory that every kernel is written with. Included only by the
 // files compiled once per instruction set: everything here lives in a namespace named after the instruction set,
 // and has internal linkage, so that no symbol compiled for one processor can be linked into the code of another.
 
@@ -8,13 +8,11 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
-#include "../statistics.h"
 #include "kernels.h"
 #include "narrow.h"
 
@@ -171,73 +169,6 @@ NORMOPS_INLINE void sweep(int64_t length, Body body) {
   }
   for (; j + kSize <= length; j += kSize) body(j, Full{}, std::integral_constant<int, 0>{});
   if (j < length) body(j, Tail{length - j}, std::integral_constant<int, 0>{});
-}
-
-// Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms). Eight registers
-// of sums are enough to keep both adders busy.
-template <typename T, int kTerms, typename Term>
-NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
-  constexpr int kUnroll = 8 / (kTerms * Pack<T>::kParts);
-  Pack<T> sums[kUnroll][kTerms];
-  sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
-  std::array<Acc<T>, kTerms> result;
-  for (int k = 0; k < kTerms; ++k) {
-    for (int step = kUnroll / 2; step > 0; step /= 2) {
-      for (int u = 0; u < step; ++u) sums[u][k] = sums[u][k] + sums[u + step][k];
-    }
-    result[k] = sums[0][k].sum();
-  }
-  return result;
-}
-
-// Sums of kTerms quantities across lines, one per element of the line: term(line, j, lanes, sums) adds the pack
-// at j of one line. Four lines at a time, so that the sums (kTerms arrays in pack order, `stride` apart) are loaded and
-// stored once for four lines and memory is read in a few long streams.
-template <typename T, int kTerms, typename Term>
-NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int64_t stride, Term term) {
-  const auto add = [&](int64_t first, auto count) {
-    sweep<T>(length, [&](int64_t j, auto lanes, auto) {
-      Pack<T> totals[kTerms];
-      for (int k = 0; k < kTerms; ++k) totals[k] = Pack<T>::load_packed(sums + k * stride + j);
-      unroll<count>([&](auto i) { term(first + i, j, lanes, totals); });
-      for (int k = 0; k < kTerms; ++k) totals[k].store_packed(sums + k * stride + j);
-    });
-  };
-  int64_t line = 0;
-  for (; line + 4 <= lines; line += 4) add(line, std::integral_constant<int, 4>{});
-  for (; line < lines; ++line) add(line, std::integral_constant<int, 1>{});
-}
-
-// Sums in float are taken over at most this many elements before they go on in double.
-constexpr int64_t kChunk = 4096;
-
-// Mean and M2 of one chunk by the corrected two-pass formula. Deviations are taken from the rounded mean; their own
-// mean is what rounding lost, so it sharpens both results at no cost.
-template <typename T>
-NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse) {
-  const auto [total] = sum_along<T, 1>(
-      n, [&](int64_t j, auto lanes, Pack<T>* sums) { sums[0] = sums[0] + Pack<T>::load(x + j, lanes); });
-  const Acc<T> center = total * Acc<T>(inverse);
-  const auto [first, second] = sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
-    const Pack<T> d = (Pack<T>::load(x + j, lanes) - center).masked(lanes);
-    sums[0] = sums[0] + d;
-    sums[1] = fmadd(d, d, sums[1]);
-  });
-  const double low = first * inverse;
-  return {center + low, second - first * low};
-}
-
-// Mean and M2 of a line, chunk by chunk while the chunk is in cache.
-template <typename T>
-NORMOPS_INLINE std::pair<double, double> moments_along(const T* x, int64_t length) {
-  int64_t begin = std::min(kChunk, length);
-  auto [mean, m2] = chunk_moments(x, begin, 1.0 / begin);
-  for (; begin < length; begin += kChunk) {
-    const int64_t n = std::min(kChunk, length - begin);
-    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n);
-    MomentsMerge(begin, n)(mean, m2, chunk_mean, chunk_m2);
-  }
-  return {mean, m2};
 }
 
 }  // namespace

@@ -13,11 +13,12 @@ namespace normops::cpu {
 namespace {
 
 // Each block of rows has its own float sums for dweight and dbias, which are then added up in double. The blocks
-// depend on the number of rows alone, so the sums come out the same for any number of threads.
-int64_t rows_per_block(int64_t rows) {
-  constexpr int64_t kBlocks = 64, kMostRows = 256, kFewestRows = 4;
+// depend on the shape alone, so the sums come out the same for any number of threads. Rows that no cache holds share
+// their sums more widely: there the sums are memory traffic.
+int64_t rows_per_block(int64_t rows, int64_t length) {
+  constexpr int64_t kBlocks = 64, kMostRows = 256, kLongRow = 64 * 1024;
   const int64_t even = (rows + kBlocks - 1) / kBlocks;
-  return std::min(std::max((even + 3) / 4 * 4, kFewestRows), kMostRows);
+  return std::clamp<int64_t>((even + 3) / 4 * 4, length > kLongRow ? 16 : 4, kMostRows);
 }
 
 template <typename T>
@@ -112,7 +113,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     using A = Acc<scalar_t>;
     const RowParameter<scalar_t> w(weight, input, length, "weight");
     const int64_t stride = w.padded(length);
-    const int64_t block = rows_per_block(rows);
+    const int64_t block = rows_per_block(rows, length);
     const int64_t blocks = (rows + block - 1) / block;
     at::Tensor partial;
     if (params) partial = at::empty({2, blocks, stride}, input.options().dtype(acc_type(input)));

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "pack.h"
+#include "lines.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
@@ -49,22 +49,91 @@ void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
+template <typename T, int kPacks>
+void short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+  ShortLine<T, kPacks> line(a.length);
+  Pack<T> weight[kPacks], bias[kPacks];
+  line.each([&](int i, int64_t j, auto) {
+    weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1);
+    bias[i] = a.bias ? Pack<T>::load_packed(a.bias + j) : Pack<T>(0);
+  });
+  for (int64_t row = begin; row < end; ++row) {
+    line.load(a.x[row]);
+    const double center = a.centered ? line.center() : 0.0;
+    auto [low, squares] = line.mean_and_squares();
+    if (!a.centered) low = 0;
+    const double rstd = 1 / std::sqrt(squares * line.inverse - low * low + a.eps);
+    a.mean[row] = center + low;
+    a.rstd[row] = rstd;
+    const Pack<T> scale = Acc<T>(rstd), shift = Acc<T>(-low * rstd);
+    T* y = a.y[row];
+    line.each([&](int i, int64_t j, auto lanes) {
+      fmadd(fmadd(line.values[i], scale, shift), weight[i], bias[i]).store(y + j, lanes);
+    });
+  }
+}
+
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, written as
-// dx = rstd * g + slope * (x - center) + shift.
+// dx = rstd * g + slope * (x - center) + shift; and xhat = (x - center) * rstd + low.
 template <typename T>
 struct RowCoefficients {
-  Acc<T> center, rstd, slope, shift;
+  Acc<T> center, rstd, low, slope = 0, shift = 0;
+  double mean_low, exact_rstd;
+
+  RowCoefficients() = default;
+  RowCoefficients(double mean, double rstd)
+      : center(Acc<T>(mean)), rstd(Acc<T>(rstd)), mean_low(mean - center), exact_rstd(rstd) {
+    low = Acc<T>(-mean_low * rstd);
+  }
+
+  // From the sums over the row of g and g * (x - center).
+  void set_sums(double sum_g, double sum_g_x, double inverse, bool centered) {
+    const double along_x = -exact_rstd * exact_rstd * exact_rstd * (sum_g_x - mean_low * sum_g) * inverse;
+    slope = Acc<T>(along_x);
+    shift = Acc<T>((centered ? -exact_rstd * sum_g * inverse : 0.0) - along_x * mean_low);
+  }
 };
+
+template <typename T, int kPacks>
+void short_row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  ShortLine<T, kPacks> dy(a.length), x(a.length);
+  Pack<T> weight[kPacks], dweight[kPacks], dbias[kPacks];
+  dy.each([&](int i, int64_t j, auto) { weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1); });
+  for (int64_t row = begin; row < end; ++row) {
+    RowCoefficients<T> c(a.mean[row], a.rstd[row]);
+    dy.load(a.dy[row]);
+    x.load(a.x[row]);
+    x.each([&](int i, int64_t, auto) {
+      x.values[i] = x.values[i] - c.center;
+      dweight[i] = fmadd(dy.values[i], fmadd(x.values[i], c.rstd, c.low), dweight[i]);
+      dbias[i] = dbias[i] + dy.values[i];
+    });
+    if (a.dx.data == nullptr) continue;
+    Pack<T> sum_g, sum_g_x;
+    x.each([&](int i, int64_t, auto) {
+      dy.values[i] = dy.values[i] * weight[i];
+      sum_g = sum_g + dy.values[i];
+      sum_g_x = fmadd(dy.values[i], x.values[i], sum_g_x);
+    });
+    c.set_sums(sum_g.sum(), sum_g_x.sum(), x.inverse, a.centered);
+    T* dx = a.dx[row];
+    x.each([&](int i, int64_t j, auto lanes) {
+      fmadd(dy.values[i], c.rstd, fmadd(x.values[i], c.slope, c.shift)).store(dx + j, lanes);
+    });
+  }
+  if (a.dweight == nullptr) return;
+  dy.each([&](int i, int64_t j, auto) {
+    (Pack<T>::load_packed(a.dweight + j) + dweight[i]).store_packed(a.dweight + j);
+    (Pack<T>::load_packed(a.dbias + j) + dbias[i]).store_packed(a.dbias + j);
+  });
+}
 
 template <typename T, bool kWeight>
 RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
-  using A = Acc<T>;
+  RowCoefficients<T> c(a.mean[row], a.rstd[row]);
+  if (a.dx.data == nullptr) return c;
   const T* dy = a.dy[row];
   const T* x = a.x[row];
-  const double mean = a.mean[row], rstd = a.rstd[row];
-  const A center = A(mean);
-  const double low = mean - center;
-  if (a.dx.data == nullptr) return {center, A(rstd), 0, A(-low)};
   double sum_g = 0, sum_g_x = 0;
   for (int64_t from = 0; from < a.length; from += kChunk) {
     const auto [first, second] =
@@ -73,30 +142,22 @@ RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
           Pack<T> g = Pack<T>::load(dy + j, lanes);
           if constexpr (kWeight) g = g * Pack<T>::load_packed(a.weight + j);
           sums[0] = sums[0] + g;
-          sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - center, sums[1]);
+          sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - c.center, sums[1]);
         });
     sum_g += first;
     sum_g_x += second;
   }
-  sum_g_x -= low * sum_g;
-  const double inverse = 1.0 / a.length;
-  const double slope = -rstd * rstd * rstd * sum_g_x * inverse;
-  const double shift = (a.centered ? -rstd * sum_g * inverse : 0.0) - slope * low;
-  return {center, A(rstd), A(slope), A(shift)};
+  c.set_sums(sum_g, sum_g_x, 1.0 / a.length, a.centered);
+  return c;
 }
 
 constexpr int kRows = 4;
 
 template <typename T, bool kDx, bool kWeight, bool kParams>
 void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
-  using A = Acc<T>;
   const auto rows = [&](int64_t first, auto count) {
     RowCoefficients<T> c[count];
-    Pack<T> low[count];
-    for (int r = 0; r < count; ++r) {
-      c[r] = row_coefficients<T, kWeight>(a, first + r);
-      low[r] = A((c[r].center - a.mean[first + r]) * a.rstd[first + r]);
-    }
+    for (int r = 0; r < count; ++r) c[r] = row_coefficients<T, kWeight>(a, first + r);
     sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> weight, dweight, dbias;
       if constexpr (kWeight && kDx) weight = Pack<T>::load_packed(a.weight + j);
@@ -108,7 +169,7 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
         const Pack<T> g = Pack<T>::load(a.dy[first + r] + j, lanes);
         const Pack<T> d = Pack<T>::load(a.x[first + r] + j, lanes) - c[r].center;
         if constexpr (kParams) {
-          dweight = fmadd(g, fmadd(d, c[r].rstd, low[r]), dweight);
+          dweight = fmadd(g, fmadd(d, c[r].rstd, c[r].low), dweight);
           dbias = dbias + g;
         }
         if constexpr (kDx) {
@@ -129,6 +190,7 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+  if (if_short<T>(a.length, [&](auto packs) { short_row_forward<T, packs>(a, begin, end); })) return;
   const auto run = a.weight && a.bias ? row_forward<T, true, true>
                    : a.weight         ? row_forward<T, true, false>
                    : a.bias           ? row_forward<T, false, true>
@@ -138,6 +200,7 @@ void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  if (if_short<T>(a.length, [&](auto packs) { short_row_backward<T, packs>(a, begin, end); })) return;
   const bool dx = a.dx.data != nullptr;
   const bool params = a.dweight != nullptr;
   const auto run = dx && params ? (a.weight ? row_backward<T, true, true, true> : row_backward<T, true, false, true>)

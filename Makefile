@@ -15,9 +15,11 @@ TEST_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
 RUN := $(PYTHON)
+CLANG_FORMAT := clang-format
 ENVIRONMENT :=
 else
 RUN := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
 ENVIRONMENT := $(VENV)/.ready
 endif
 
@@ -45,12 +47,12 @@ $(VENV)/.ready: pyproject.toml
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m clang_format --dry-run --Werror $(CPP)
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
 
 format: $(ENVIRONMENT)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(RUN) -m clang_format -i $(CPP)
+	$(CLANG_FORMAT) -i $(CPP)
 
 # Installs as a user would, out of reach of the source tree, and asks the installed package what it is.
 package: $(ENVIRONMENT)

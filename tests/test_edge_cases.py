@@ -1,0 +1,183 @@
+"""Sizes and values at the limits."""
+
+import pytest
+import torch
+from cases import CASES, each, each_case, each_channel_case, each_dtype, each_row_case
+from comparison import check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import each_memory_format, in_order
+
+import normops.functional as F
+
+# Sizes.
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5, 7), (0, 6, 1, 1)], ids=str)
+@each_case
+def test_empty_batch(case, shape, device):
+    sample = case.sample(case.enough(shape), device=device)
+    results = sample.results(grad=torch.empty_like(sample.input))
+    assert results["output"].shape == results["grad_input"].shape == sample.input.shape
+    for name, parameter in sample.parameters.items():
+        assert torch.equal(results[f"grad_{name}"], torch.zeros_like(parameter))
+
+
+@each_channel_case
+def test_no_positions(case, device):
+    sample = case.sample((4, 6, 0), device=device)
+    results = sample.results(grad=torch.empty(4, 6, 0, device=device))
+    assert results["output"].shape == (4, 6, 0)
+    assert torch.equal(results["grad_weight"], torch.zeros_like(sample.parameters["weight"]))
+
+
+@each_row_case
+def test_empty_rows(case, device):
+    sample = case.sample((4, 6, 5, 0), device=device)
+    assert sample.results(grad=torch.empty_like(sample.input))["output"].shape == (4, 6, 5, 0)
+
+
+def test_no_channels(device):
+    x = torch.empty(4, 0, 5, device=device)
+    none = torch.empty(0, device=device)
+    for output in (F.batch_norm(x, none, none), F.batch_norm(x, None, None, training=True), F.instance_norm(x)):
+        assert output.shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 5, 7), (4, 1, 5, 7), (4, 6, 1, 1), (4, 6, 5, 1), (1, 1, 1, 1)], ids=str)
+@each_memory_format
+@each_case
+def test_ones(case, memory_format, shape, device):
+    sample = case.sample(case.enough(shape), device=device)
+    check(sample.with_input(sample.input.detach().contiguous(memory_format=memory_format)))
+
+
+@each_dtype
+@each_case
+def test_widths(case, dtype, device):
+    """Rows, positions and channels of every length up to some vectors: every remainder of every vector width."""
+    for size in range(1, 131):
+        check(case.sample(case.enough((3, 2, 1, size)), dtype, device=device))
+        if not case.row_dims:
+            sample = case.sample((2, size, 1, 3), dtype, device=device)
+            check(sample.with_input(sample.input.detach().contiguous(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 10000])
+@each_case
+def test_chunks(case, size, device):
+    """Sums over a long line are taken in chunks of 4096."""
+    check(case.sample((2, 3, 1, size), device=device))
+
+
+@pytest.mark.parametrize("positions", [32767, 32768, 32769, 70000])
+@each_channel_case
+def test_contiguous_segments(case, positions, device):
+    """The positions of a channel are cut into segments of 32768, and the segments merged."""
+    check(case.sample((2, 3, positions), device=device))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 6, 15, 17), (1, 6, 16, 16), (1, 6, 257, 1), (3, 6, 30, 31), (2, 512, 6, 6), (2, 513, 6, 6), (2, 1500, 5, 7)],
+    ids=str,
+)
+@each_channel_case
+def test_channels_last_segments(case, shape, device):
+    """Segments of 32 to 256 positions, and blocks of 512 channels."""
+    sample = case.sample(shape, device=device)
+    check(sample.with_input(sample.input.detach().contiguous(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 255, 257, 1031, 20000])
+@each_row_case
+def test_blocks_of_rows(case, rows, device):
+    """Gradients of parameters are summed in blocks of rows."""
+    check(case.sample((rows, 1, 3, 5), device=device))
+
+
+@pytest.mark.parametrize("samples", [2, 255, 1000])
+@each([case for case in CASES if case.op != "instance_norm" and case.row_dims != 2])
+def test_matrices(case, samples, device):
+    """An input without positions, as behind a linear layer."""
+    check(case.sample((samples, 12), device=device))
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    case=st.sampled_from(CASES),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 12), st.integers(2, 40)),
+    dims=st.permutations(range(4)),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_any_shape_in_any_order(case, shape, dims, dtype):
+    sample = case.sample(shape, dtype)
+    check(sample.with_input(in_order(sample.input.detach(), dims)))
+
+
+# Values.
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.14159, 1e4])
+@each_memory_format
+@each_case
+def test_zero_variance(case, memory_format, value, device):
+    """Rows of equal elements: rstd is 1 / sqrt(eps), and nothing of the input is left in the output."""
+    sample = case.sample(device=device)
+    constant = torch.full_like(sample.input, value).contiguous(memory_format=memory_format)
+    if case.op == "rms_norm" and value == 0:
+        sample.fixed["eps"] = 1e-5
+    check(sample.with_input(constant))
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+@each_memory_format
+@pytest.mark.parametrize("shape", [(4, 6, 5, 7), (2, 6, 64, 80)], ids=str)
+@each_case
+def test_large_mean(case, shape, memory_format, mean, device):
+    """Ten thousand times the deviation: nothing is lost to cancellation."""
+    sample = case.sample(shape, device=device)
+    large = (torch.randn(shape, device=device) + mean).contiguous(memory_format=memory_format)
+    if case.given_stats:
+        sample.fixed["running_mean"] += mean
+    check(sample.with_input(large), allowed=1e-5)
+
+
+@pytest.mark.parametrize("mean", [1e4, 1e6])
+@each_case
+def test_large_mean_of_each_channel(case, mean, device):
+    """Channels far from each other, each with a deviation of one."""
+    sample = case.sample((4, 6, 9, 10), device=device)
+    offsets = mean * torch.arange(1, 7, device=device).view(1, 6, 1, 1)
+    check(sample.with_input(sample.input.detach() + offsets))
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e8, 1e16])
+@each_case
+def test_scales(case, scale, device):
+    """Squares of the input stay within the range of float32."""
+    sample = case.sample(device=device)
+    check(sample.with_input(sample.input.detach() * scale), backward=scale < 1e10)
+
+
+def assert_nan_where_torch_has_it(sample, grad):
+    ours, theirs = sample.results(grad=grad), sample.results(torch.nn.functional, grad)
+    torch.testing.assert_close(*({name: t.isnan() for name, t in results.items()} for results in (ours, theirs)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@each_memory_format
+@each_case
+def test_input_not_finite(case, memory_format, value, device):
+    sample = case.sample(device=device)
+    x = sample.input.detach().contiguous(memory_format=memory_format)
+    x[1, 2, 3, 4] = value
+    assert_nan_where_torch_has_it(sample.with_input(x), torch.randn_like(x))
+
+
+@each_case
+def test_gradient_not_finite(case, device):
+    sample = case.sample(device=device)
+    grad = torch.randn_like(sample.input)
+    grad[1, 2, 3, 4] = float("nan")
+    assert_nan_where_torch_has_it(sample, grad)

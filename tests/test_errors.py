@@ -1,0 +1,234 @@
+"""Bad arguments raise what torch raises, and are told what was expected and what came."""
+
+import pytest
+import torch
+
+import normops.functional as F
+
+OPS = torch.ops.normops
+X = torch.randn(4, 6, 5)
+SIX, FIVE = torch.ones(6), torch.ones(5)
+META = torch.ones(6, device="meta")
+TRAINING = {"running_mean": None, "running_var": None, "training": True}
+STATS = {"running_mean": SIX, "running_var": SIX}
+ROW = {"normalized_shape": (5,)}
+# Enough keyword arguments for a call that is right.
+RIGHT = {
+    "batch_norm": TRAINING,
+    "instance_norm": {},
+    "group_norm": {"num_groups": 3},
+    "layer_norm": ROW,
+    "rms_norm": ROW,
+}
+CHANNEL_OPS = ["batch_norm", "instance_norm", "group_norm"]
+ROW_OPS = ["layer_norm", "rms_norm"]
+
+
+def bad(op, what, kwargs, *told, error=None):
+    """The right call but for ``kwargs``, and what its message has to say.
+
+    ``error`` is for where torch accepts the call, or fails at it by accident, with an error that hides the cause.
+    """
+    return pytest.param(op, {"input": X, **RIGHT[op], **kwargs}, told, error, id=f"{op}-{what}")
+
+
+TABLE = [
+    *(bad(op, "integers", {"input": X.int()}, "input of dtype float", "Int") for op in RIGHT),
+    *(
+        bad(op, "complex", {"input": X.cfloat()}, "input of dtype float", "ComplexFloat", error=NotImplementedError)
+        for op in RIGHT
+    ),
+    *(
+        bad(op, "sparse", {"input": X.to_sparse()}, "input with strided layout", "Sparse", error=NotImplementedError)
+        for op in RIGHT
+    ),
+    *(bad(op, "array", {"input": [1.0]}, "'input'", "Tensor", "list", error=TypeError) for op in RIGHT),
+    *(bad(op, "number as eps", {"eps": "1"}, "'eps'", "float", "str", error=TypeError) for op in RIGHT),
+    *(bad(op, "weight shape", {"weight": FIVE}, "weight of shape [6]", "channels", "got [5]") for op in CHANNEL_OPS),
+    *(bad(op, "bias shape", {"bias": FIVE}, "bias of shape [6]", "channels", "got [5]") for op in CHANNEL_OPS),
+    *(bad(op, "weight shape", {"weight": SIX}, "weight of shape [5]", "normalized_shape", "got [6]") for op in ROW_OPS),
+    bad("layer_norm", "bias shape", {"bias": SIX}, "bias of shape [5]", "normalized_shape", "got [6]"),
+    *(
+        bad(op, f"{name} on another device", {name: META}, f"{name} on the device of input (cpu)", "got meta")
+        for op in CHANNEL_OPS
+        for name in ("weight", "bias")
+    ),
+    *(
+        bad(op, "weight on another device", {"weight": torch.ones(5, device="meta")}, "weight", "cpu", "got meta")
+        for op in ROW_OPS
+    ),
+    *(
+        bad(op, "integer weight", {"weight": SIX.int()}, "weight to be a strided tensor of floating dtype", "got Int")
+        for op in CHANNEL_OPS
+    ),
+    *(
+        bad(op, "one dimension", {"input": SIX}, "at least 2 dimensions", "got shape [6]", error=RuntimeError)
+        for op in CHANNEL_OPS
+    ),
+    # group_norm
+    bad("group_norm", "indivisible", {"num_groups": 4}, "num_groups to divide the channels", "4 groups", "[4, 6, 5]"),
+    bad("group_norm", "no groups", {"num_groups": 0}, "num_groups > 0, got 0", error=RuntimeError),
+    bad("group_norm", "negative groups", {"num_groups": -1}, "num_groups > 0, got -1", error=RuntimeError),
+    bad("group_norm", "one value", {"input": X[:1, :3, :1]}, "more than 1 value per group", "[1, 3, 1] in 3 groups"),
+    # layer_norm, rms_norm
+    *(
+        bad(op, "shape", {"normalized_shape": (6,)}, "ends in [6] (normalized_shape)", "got [4, 6, 5]")
+        for op in ROW_OPS
+    ),
+    *(
+        bad(op, "no shape", {"normalized_shape": ()}, "normalized_shape with at least one entry", "[]")
+        for op in ROW_OPS
+    ),
+    *(
+        bad(
+            op,
+            "long shape",
+            {"normalized_shape": (1, 4, 6, 5)},
+            "ends in [1, 4, 6, 5]",
+            "got [4, 6, 5]",
+            error=RuntimeError,
+        )
+        for op in ROW_OPS
+    ),
+    # batch_norm
+    bad("batch_norm", "evaluation", {"training": False}, "running_mean and running_var in evaluation", "got None"),
+    bad("batch_norm", "one value", {"input": X[:1, :, :1]}, "more than 1 value per channel", "shape [1, 6, 1]"),
+    bad("batch_norm", "zero eps", {"eps": 0.0}, "eps > 0 in training, got 0"),
+    bad("batch_norm", "negative eps", {"eps": -1.0}, "eps > 0 in training, got -1"),
+    bad("batch_norm", "negative eps in evaluation", {**STATS, "training": False, "eps": -1.0}, "eps >= 0, got -1"),
+    # instance_norm
+    bad("instance_norm", "one position", {"input": X[..., :1]}, "more than 1 spatial element", "shape [4, 6, 1]"),
+    bad("instance_norm", "evaluation", {"use_input_stats": False}, "running_mean and running_var", "got None"),
+    # running statistics
+    *(
+        bad(
+            op,
+            f"only {name}",
+            {"running_mean": None, "running_var": None, name: SIX},
+            "both given",
+            f"only {name}",
+            error=ValueError,
+        )
+        for op in CHANNEL_OPS[:2]
+        for name in STATS
+    ),
+    *(
+        bad(op, f"{name} shape", {**STATS, name: FIVE}, f"{name} of shape [6]", "channels", "got [5]")
+        for op in CHANNEL_OPS[:2]
+        for name in STATS
+    ),
+    *(
+        bad(op, f"{name} on another device", {**STATS, name: META}, f"{name} on the device of input", "got meta")
+        for op in CHANNEL_OPS[:2]
+        for name in STATS
+    ),
+    *(
+        bad(
+            op,
+            f"{name} with requires_grad",
+            {**STATS, name: SIX.clone().requires_grad_()},
+            f"{name} without",
+            error=RuntimeError,
+        )
+        for op in CHANNEL_OPS[:2]
+        for name in STATS
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "kwargs", "told", "error"), TABLE)
+def test_bad_arguments(op, kwargs, told, error):
+    if error is None:
+        with pytest.raises(Exception) as theirs:
+            getattr(torch.nn.functional, op)(**kwargs)
+        error = theirs.type
+    with pytest.raises(error) as ours:
+        getattr(F, op)(**kwargs)
+    for part in (op, *told):
+        assert part in str(ours.value)
+
+
+@pytest.mark.parametrize("op", RIGHT)
+def test_right_arguments(op):
+    """The calls that the table spoils are right themselves."""
+    getattr(F, op)(X, **RIGHT[op])
+
+
+def test_nothing_moves_before_the_checks():
+    mean, var = torch.zeros(6), torch.ones(6)
+    with pytest.raises(RuntimeError):
+        F.batch_norm(X, mean, var, weight=FIVE, training=True)
+    assert mean.eq(0).all() and var.eq(1).all()
+
+
+# The private operators are open to anyone: whatever they are given, they have to stay inside their memory.
+
+MASK = [True, True, True]
+ROWS = torch.ones(4, 6, 1, dtype=torch.float64)
+CHANNELS = torch.ones(6, dtype=torch.float64)
+PRIVATE = {
+    "_row_norm": {
+        "right": (X, 1, None, None, 1e-5, True),
+        "normalized_ndim 0": (X, 0, None, None, 1e-5, True),
+        "normalized_ndim 4": (X, 4, None, None, 1e-5, True),
+        "negative normalized_ndim": (X, -1, None, None, 1e-5, True),
+        "weight": (X, 1, SIX, None, 1e-5, True),
+        "bias": (X, 1, None, SIX, 1e-5, True),
+        "dtype": (X.int(), 1, None, None, 1e-5, True),
+    },
+    "_row_norm_backward": {
+        "right": (X, X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "gradient": (X[:3], X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "gradient dtype": (X.double(), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "normalized_ndim": (X, X, 4, ROWS, ROWS, None, 1e-5, True, MASK),
+        "mean": (X, X, 1, ROWS[:3], ROWS, None, 1e-5, True, MASK),
+        "rstd": (X, X, 1, ROWS, ROWS[:3], None, 1e-5, True, MASK),
+        "weight": (X, X, 1, ROWS, ROWS, SIX, 1e-5, True, MASK),
+    },
+    "_channel_norm": {
+        "right": (X, None, None, None, None, 6, True, 1e-5),
+        "one dimension": (X[0, 0], None, None, None, None, 5, True, 1e-5),
+        "indivisible": (X, None, None, None, None, 4, False, 1e-5),
+        "no groups": (X, None, None, None, None, 0, False, 1e-5),
+        "negative groups": (X, None, None, None, None, -1, False, 1e-5),
+        "only mean": (X, SIX, None, None, None, 6, True, 1e-5),
+        "only var": (X, None, SIX, None, None, 6, True, 1e-5),
+        "mean": (X, FIVE, SIX, None, None, 6, True, 1e-5),
+        "var": (X, SIX, FIVE, None, None, 6, True, 1e-5),
+        "weight": (X, None, None, FIVE, None, 6, True, 1e-5),
+        "bias": (X, None, None, None, FIVE, 6, True, 1e-5),
+        "dtype": (X.int(), None, None, None, None, 6, True, 1e-5),
+    },
+    "_channel_norm_backward": {
+        "right": (X, X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "gradient": (X[:3], X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "gradient dtype": (X.half(), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "indivisible": (X, X, CHANNELS, CHANNELS, None, 4, True, 1e-5, True, MASK),
+        "no groups": (X, X, CHANNELS, CHANNELS, None, 0, True, 1e-5, True, MASK),
+        "mean": (X, X, CHANNELS[:5], CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "var": (X, X, CHANNELS, CHANNELS[:5], None, 6, True, 1e-5, True, MASK),
+        "statistics per sample": (X, X, CHANNELS, CHANNELS, None, 6, False, 1e-5, True, MASK),
+        "weight": (X, X, CHANNELS, CHANNELS, FIVE, 6, True, 1e-5, True, MASK),
+    },
+    "_update_running_stats": {
+        "right": (SIX.clone(), SIX.clone(), CHANNELS, CHANNELS, 0.1, 20),
+        "running_mean": (FIVE.clone(), SIX.clone(), CHANNELS, CHANNELS, 0.1, 20),
+        "running_var": (SIX.clone(), FIVE.clone(), CHANNELS, CHANNELS, 0.1, 20),
+        "mean": (SIX.clone(), SIX.clone(), CHANNELS[:5], CHANNELS, 0.1, 20),
+        "var": (SIX.clone(), SIX.clone(), CHANNELS, CHANNELS[:5], 0.1, 20),
+        "no dimension": (torch.tensor(1.0), torch.tensor(1.0), CHANNELS[0], CHANNELS[0], 0.1, 20),
+        "dtype": (SIX.int(), SIX.int(), CHANNELS, CHANNELS, 0.1, 20),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "what"), [pytest.param(op, what, id=f"{op}-{what}") for op, calls in PRIVATE.items() for what in calls]
+)
+def test_private_operators(op, what):
+    call = getattr(OPS, op)
+    if what == "right":
+        call(*PRIVATE[op][what])
+        return
+    with pytest.raises(RuntimeError):
+        call(*PRIVATE[op][what])

@@ -1,0 +1,103 @@
+"""What has to be equal to what, most of it to the last bit."""
+
+import pytest
+import torch
+from cases import CASES, each_case, each_dtype, each_independent_case
+from layouts import LAYOUTS, each_memory_format
+
+import normops.functional as F
+
+# Small; many segments and threads; wide.
+SHAPES = pytest.mark.parametrize("shape", [(5, 6, 5, 7), (3, 6, 150, 230), (3, 1300, 9, 8)], ids=str)
+
+
+def equal(results, others):
+    assert results.keys() == others.keys()
+    return all(torch.equal(results[name], others[name]) for name in results)
+
+
+@each_dtype
+def test_group_norm_of_single_channels_is_instance_norm(dtype, device):
+    x = torch.randn(4, 6, 5, 7, device=device).to(dtype)
+    assert torch.equal(F.group_norm(x, 6), F.instance_norm(x))
+
+
+def test_group_norm_of_one_group_is_layer_norm_of_the_sample(device):
+    x = torch.randn(4, 6, 5, 7, device=device)
+    torch.testing.assert_close(F.group_norm(x, 1), F.layer_norm(x, x.shape[1:]))
+
+
+@each_dtype
+def test_batch_norm_of_one_sample_is_instance_norm(dtype, device):
+    x = torch.randn(1, 6, 5, 7, device=device).to(dtype)
+    assert torch.equal(F.batch_norm(x, None, None, training=True), F.instance_norm(x))
+
+
+def test_layer_norm_of_centred_rows_is_rms_norm(device):
+    x = torch.randn(4, 6, 7, device=device, dtype=torch.float64)
+    x = x - x.mean(-1, keepdim=True)
+    torch.testing.assert_close(F.rms_norm(x, (7,), eps=1e-5), F.layer_norm(x, (7,)))
+
+
+def test_evaluation_with_the_statistics_of_the_batch_is_training(device):
+    x = torch.randn(4, 6, 50, device=device)
+    var, mean = torch.var_mean(x, (0, 2), correction=0)
+    torch.testing.assert_close(F.batch_norm(x, mean, var), F.batch_norm(x, None, None, training=True))
+
+
+@SHAPES
+@each_memory_format
+@each_independent_case
+def test_alone_as_in_a_batch(case, memory_format, shape, device):
+    """The bits of a sample do not depend on its company."""
+    sample = case.sample(shape, device=device)
+    sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))
+    grad = torch.randn_like(sample.input)
+    together = sample.results(grad=grad)
+    for i in range(len(sample.input)):
+        alone = sample.with_input(sample.input[i : i + 1]).results(grad=grad[i : i + 1])
+        for name in ("output", "grad_input"):
+            assert torch.equal(alone[name], together[name][i : i + 1]), name
+
+
+@SHAPES
+@each_memory_format
+@each_case
+def test_any_number_of_threads(case, memory_format, shape, threads):
+    """How many threads share the work does not change a bit."""
+    sample = case.sample(shape)
+    sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))
+    grad = torch.randn_like(sample.input)
+    threads(1)
+    expected = sample.results(grad=grad)
+    for count in (2, 3, 5):
+        threads(count)
+        assert equal(sample.results(grad=grad), expected), f"{count} threads"
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+@each_case
+def test_same_bits_in_slices(case, layout, device):
+    """A view is read where it lies: the numbers are those of its copy."""
+    sample = case.sample(device=device)
+    view = LAYOUTS[layout](sample.input.detach())
+    copy = view.clone(memory_format=torch._prims_common.suggest_memory_format(view))
+    grad = torch.randn_like(copy)
+    assert equal(sample.with_input(view).results(grad=grad), sample.with_input(copy).results(grad=grad))
+
+
+@each_case
+def test_repeatable(case, device):
+    sample = case.sample((3, 6, 150, 230), device=device)
+    grad = torch.randn_like(sample.input)
+    assert equal(sample.results(grad=grad), sample.results(grad=grad))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.given_stats], ids=lambda case: case.name)
+def test_scale_invariance(case, device):
+    """Powers of two change no digits: with eps scaled along, the output keeps its bits."""
+    sample = case.sample(device=device)
+    sample.fixed["eps"] = 2.0**-10
+    expected = sample.run()
+    sample.fixed["eps"] = 2.0**-2
+    assert torch.equal(sample.with_input(16 * sample.input).run(), expected)

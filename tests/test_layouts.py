@@ -1,0 +1,70 @@
+"""Whatever the strides of input and gradient, the numbers are right and the output lies as torch's does."""
+
+import pytest
+import torch
+from cases import SHAPE, each_case
+from comparison import check
+from layouts import LAYOUTS, each_layout, each_memory_format
+
+import normops
+
+SHAPE_3D = (2, 6, 3, 4, 5)
+
+
+GRAD_LAYOUTS = {
+    **{name: LAYOUTS[name] for name in ("contiguous", "channels_last", "transposed", "misaligned", "sliced channels")},
+    "scalar expanded": lambda g: g.new_tensor(0.7).expand_as(g),
+    "rows expanded": lambda g: g[:1, :1].expand_as(g),
+    "positions expanded": lambda g: g[..., :1, :1].expand_as(g),
+}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE_3D], ids=["2d", "3d"])
+@each_layout
+@each_case
+def test_input(case, layout, shape, device):
+    sample = case.sample(shape, device=device)
+    check(sample.with_input(LAYOUTS[layout](sample.input.detach())))
+
+
+@pytest.mark.parametrize("input_layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS)
+@each_case
+def test_gradient(case, input_layout, grad_layout, device):
+    sample = case.sample(device=device)
+    sample = sample.with_input(LAYOUTS[input_layout](sample.input.detach()))
+    check(sample, GRAD_LAYOUTS[grad_layout](torch.randn_like(sample.input)))
+
+
+@each_layout
+@each_case
+def test_output_strides(case, layout, device):
+    """As torch's, but for instance_norm, which keeps channels_last, and rms_norm, whose rows are always adjacent."""
+    sample = case.sample(device=device)
+    sample = sample.with_input(LAYOUTS[layout](sample.input.detach()))
+    if case.op == "instance_norm":
+        expected = torch.empty_like(sample.input, memory_format=torch._prims_common.suggest_memory_format(sample.input))
+    elif case.op == "rms_norm":
+        expected = torch.empty(sample.input.shape)
+    else:
+        expected = sample.run(torch.nn.functional)
+    output = sample.run()
+    (grad_input,) = torch.autograd.grad(output.sum(), sample.input)
+    assert output.stride() == grad_input.stride() == expected.stride()
+
+
+@each_memory_format
+def test_channels_last_survives(memory_format, device):
+    """A convolution behind the layer gets its input in the format it wants."""
+    x = torch.randn(SHAPE, device=device).contiguous(memory_format=memory_format)
+    for layer in (normops.BatchNorm2d(6), normops.InstanceNorm2d(6), normops.GroupNorm(3, 6)):
+        assert layer.to(device)(x).is_contiguous(memory_format=memory_format)
+
+
+@each_case
+def test_parameters_of_any_strides(case, device):
+    sample = case.sample(device=device)
+    for name, parameter in sample.parameters.items():
+        strided = torch.stack([parameter.detach(), torch.zeros_like(parameter)], -1)[..., 0]
+        sample.parameters[name] = strided.requires_grad_()
+    check(sample)

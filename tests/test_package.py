@@ -1,0 +1,53 @@
+"""What is installed: version, report, and the symbols of the kernels."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import normops
+from normops import __main__
+from normops._ops import _C, BUILD_INFO
+
+ROOT = Path(__file__).parent.parent
+OBJECTS = sorted((ROOT / "build").glob("*/AVX*/**/*.o"))
+
+
+def test_version():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert normops.__version__ == BUILD_INFO["version"] == declared
+
+
+def test_build_info():
+    assert BUILD_INFO.keys() == {"version", "torch", "compiler", "instruction_sets", "openmp", "cuda"}
+    assert torch.__version__.startswith(BUILD_INFO["torch"])
+    assert _C.instruction_set() in BUILD_INFO["instruction_sets"].split()
+    assert BUILD_INFO["openmp"] > 200000
+
+
+def test_report():
+    result = subprocess.run([sys.executable, "-m", "normops"], capture_output=True, text=True, check=True)
+    for name in __main__.description():
+        assert re.search(rf"^{name}: +\S", result.stdout, re.MULTILINE), name
+
+
+def test_names():
+    """Everything that is said to be exported is there, with documentation."""
+    for module in (normops, normops.functional, normops.modules):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
+
+
+@pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="needs the objects of a build, and nm")
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: f"{path.parents[2].name}-{path.stem}")
+def test_symbols(path):
+    """Kernel files share no code: the linker merges weak symbols, and would run AVX-512 on a processor without it."""
+    listing = subprocess.run(["nm", "--defined-only", "-C", path], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split(maxsplit=2)[1:] for line in listing.splitlines()]
+    assert not [name for kind, name in symbols if kind in "WVu"]
+    (entry,) = [name for kind, name in symbols if kind == "T"]
+    assert f"::add_{path.stem}(" in entry

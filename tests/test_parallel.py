@@ -1,0 +1,92 @@
+"""Threads, processes and instruction sets."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import each_case
+from comparison import check
+
+import normops
+from normops._ops import _C, BUILD_INFO
+
+TESTS = Path(__file__).parent
+CAPABILITIES = {"DEFAULT": "default", "AVX2": "avx2", "AVX512": "avx512"}  # from least to best
+ORDER = list(CAPABILITIES)
+
+
+def best_instruction_set():
+    """What the processor has. Torch would believe ATEN_CPU_CAPABILITY, and crash, if it named more than that."""
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    command = [sys.executable, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())"]
+    best = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    return best if best in ORDER else "DEFAULT"
+
+
+@pytest.mark.skipif(torch.get_num_threads() == 1, reason="torch has one thread")
+def test_threads_share_the_work():
+    assert _C.threads_used(8) > 1
+
+
+def test_little_work_is_not_shared():
+    assert _C.threads_used(1) == 1
+
+
+@each_case
+def test_large_input_on_many_threads(case, threads):
+    threads(4)
+    check(case.sample((8, 12, 60, 70)))
+
+
+def test_instruction_set_in_use():
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert _C.instruction_set() == (capability if capability in ORDER else "DEFAULT")
+
+
+@pytest.mark.parametrize("name", [n for n in BUILD_INFO["instruction_sets"].split() if n != _C.instruction_set()])
+def test_other_instruction_sets(name):
+    """The kernels not in use here pass the tests of numbers, sizes, layouts and dtypes in a process of their own."""
+    if ORDER.index(name) > ORDER.index(best_instruction_set()):
+        pytest.skip(f"the processor lacks {name}")
+    files = [TESTS / f"test_{what}.py" for what in ("forward", "backward", "layouts", "dtypes", "edge_cases")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files],
+        # One thread: sharing work is the same code for all, and has its own tests.
+        env={**os.environ, "ATEN_CPU_CAPABILITY": CAPABILITIES[name], "OMP_NUM_THREADS": "1"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert f"cpu kernels: {name}\n" in result.stdout
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+class _Normalized(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return normops.functional.layer_norm(torch.arange(400_000.0).view(100, -1) * i, (4000,))
+
+
+def test_fork_after_use():
+    """Workers of a DataLoader start as forks of a process whose threads have worked."""
+    dataset = _Normalized()
+    expected = torch.stack([dataset[i] for i in range(len(dataset))])
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=len(dataset), num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    assert torch.equal(next(iter(loader)), expected)
+
+
+def test_calls_from_python_threads():
+    """The functions hold no state: calls may overlap."""
+    x = torch.randn(8, 6, 50, 60)
+    expected = normops.functional.group_norm(x, 3)
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda _: normops.functional.group_norm(x, 3), range(16))
+        assert all(torch.equal(result, expected) for result in results)

@@ -233,8 +233,15 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
     for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
       const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
-      kernel.grad_apply(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
-                        dx.lines(g, k, r.first_channel), {center + at, scale + at, slope + at, shift + at});
+      const Lines<const T> from = dy.lines(g, k, r.first_channel);
+      const Lines<T> to = dx.lines(g, k, r.first_channel);
+      if (given) {
+        kernel.apply(tile, from, to,
+                     {slope + at, scale + at, shift + at});  // slope and shift are zero: dx = scale * dy
+      } else {
+        kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
+                          {center + at, scale + at, slope + at, shift + at});
+      }
     }
   };
   run_stages(g, 2 * sizeof(T), reduce, merge, apply);

@@ -16,7 +16,7 @@ namespace {
 // Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms).
 template <typename T, int kTerms, typename Term>
 NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
-  constexpr int kUnroll = 4 / Pack<T>::kParts;
+  constexpr int kUnroll = 8 / (kTerms * Pack<T>::kParts);
   Pack<T> sums[kUnroll][kTerms];
   sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
   std::array<Acc<T>, kTerms> result;

@@ -47,6 +47,11 @@ struct Pack {
   // Which element of the line is lane `lane` of part `part` of its pack.
   static constexpr int64_t element(int part, int64_t lane) { return kSplit ? 2 * lane + part : part * kLanes + lane; }
 
+  // Where element j of a line lies in an array in pack order.
+  static constexpr int64_t position(int64_t j) {
+    return kSplit ? j / kSize * kSize + j % 2 * kLanes + j % kSize / 2 : j;
+  }
+
   // Elements of the line; those past the tail are zero.
   template <typename Lanes>
   NORMOPS_INLINE static Pack load(const T* source, Lanes lanes) {
@@ -131,23 +136,6 @@ struct Pack {
     return c;
   }
 };
-
-// f(natural index, index in pack order) for `length` elements.
-template <typename T, typename F>
-NORMOPS_INLINE void for_pack_order(int64_t length, F f) {
-  if constexpr (!Pack<T>::kSplit) {
-    for (int64_t j = 0; j < length; ++j) f(j, j);
-  } else {
-    for (int64_t begin = 0; begin < length; begin += Pack<T>::kSize) {
-      for (int part = 0; part < Pack<T>::kParts; ++part) {
-        for (int64_t lane = 0; lane < Pack<T>::kLanes; ++lane) {
-          const int64_t j = begin + Pack<T>::element(part, lane);
-          if (j < length) f(j, begin + part * Pack<T>::kLanes + lane);
-        }
-      }
-    }
-  }
-}
 
 template <typename F, int... I>
 NORMOPS_INLINE void unroll(std::integer_sequence<int, I...>, F f) {

@@ -211,12 +211,12 @@ void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void pack_parameter(const Acc<T>* natural, int64_t length, Acc<T>* packed) {
-  for_pack_order<T>(length, [&](int64_t j, int64_t at) { packed[at] = natural[j]; });
+  for (int64_t j = 0; j < length; ++j) packed[Pack<T>::position(j)] = natural[j];
 }
 
 template <typename T>
 void unpack_parameter(const Acc<T>* packed, int64_t length, Acc<T>* natural) {
-  for_pack_order<T>(length, [&](int64_t j, int64_t at) { natural[j] = packed[at]; });
+  for (int64_t j = 0; j < length; ++j) natural[j] = packed[Pack<T>::position(j)];
 }
 
 template <typename T>

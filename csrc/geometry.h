@@ -8,6 +8,10 @@ namespace normops {
 // Where the channels of one position lie: apart by a whole plane, or side by side.
 enum class Layout { kContiguous, kChannelsLast };
 
+// Up to this many channels, the positions of a channels_last input lie without gaps between them, and kernels take
+// several for one line.
+constexpr int64_t kNarrowChannels = 64;
+
 // Element strides of an (N, C, S) view. Either position (contiguous) or channel (channels_last) is 1.
 struct Strides {
   int64_t sample;

@@ -32,7 +32,13 @@ int64_t positions_of(const at::Tensor& t) {
 }
 
 bool fits(const Strides& s, const Geometry& g) {
-  return g.layout == Layout::kContiguous ? s.position == 1 || g.positions == 1 : s.channel == 1 || g.channels == 1;
+  if (g.layout == Layout::kContiguous) {
+    const bool grouped = !g.over_batch && g.num_groups < g.channels;
+    return (s.position == 1 || g.positions == 1) && (s.channel == g.positions || !grouped);
+  }
+  const int64_t line = g.positions == 1 ? s.sample : s.position;
+  const bool gaps = line != g.channels && (g.positions > 1 || g.samples > 1);
+  return s.channel == 1 && !(gaps && g.channels <= kNarrowChannels);
 }
 
 }  // namespace

@@ -127,11 +127,18 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, const at::Tens
   const Scratch<double> mean(given ? 0 : g.segments() * C), m2(given ? 0 : g.segments() * C);
   const Scratch<A> center(g.rows() * C), scale(g.rows() * C), shift(g.rows() * C);
 
+  // A group of contiguous channels is one line to the statistics, unless it is very long.
+  const bool joined =
+      g.layout == Layout::kContiguous && !g.over_batch && g.group_size() * g.positions <= g.segment_length;
+  const int64_t join = joined ? g.group_size() : 1;
+
   const auto reduce = [&](const Region& r) {
     for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
-      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
-      const int64_t at = k * C + r.first_channel;
-      kernel.moments(tile, x.lines(g, k, r.first_channel), mean + at, m2 + at);
+      const Tile tile{g.layout, (r.last_channel - r.first_channel) / join, g.segment_count(k) * join};
+      const int64_t at = k * C + r.first_channel / join;
+      Lines<const T> lines = x.lines(g, k, r.first_channel);
+      lines.stride *= join;
+      kernel.moments(tile, lines, mean + at, m2 + at);
     }
   };
   const auto merge = [&](const Region& r) {
@@ -139,11 +146,11 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, const at::Tens
       const int64_t row = first / row_segments;
       if (!given) merge_segments(g, r, first, first + row_segments, mean + 0, m2 + 0);
       for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
-        const int64_t group = row * g.num_groups + c / g.group_size(), at = first * C + c;
+        const int64_t group = row * g.num_groups + c / g.group_size(), at = first * C + c / join;
         if (!given) {
           const double count = double(g.samples_per_row() * g.positions);  // of each channel
           double group_mean = mean[at], group_m2 = m2[at];
-          for (int64_t i = 1; i < g.group_size(); ++i) {
+          for (int64_t i = 1; i < g.group_size() / join; ++i) {
             MomentsMerge(i * count, count)(group_mean, group_m2, mean[at + i], m2[at + i]);
           }
           stat_mean[group] = group_mean;
@@ -233,8 +240,15 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
     for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
       const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
-      kernel.grad_apply(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
-                        dx.lines(g, k, r.first_channel), {center + at, scale + at, slope + at, shift + at});
+      const Lines<const T> from = dy.lines(g, k, r.first_channel);
+      const Lines<T> to = dx.lines(g, k, r.first_channel);
+      if (given) {
+        kernel.apply(tile, from, to,
+                     {slope + at, scale + at, shift + at});  // slope and shift are zero: dx = scale * dy
+      } else {
+        kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
+                          {center + at, scale + at, slope + at, shift + at});
+      }
     }
   };
   run_stages(g, 2 * sizeof(T), reduce, merge, apply);

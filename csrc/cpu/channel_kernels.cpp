@@ -5,51 +5,110 @@
 
 #include <algorithm>
 
-#include "pack.h"
+#include "lines.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
-// Channels handled at once in channels_last: their sums live on the stack and stay in the first-level cache.
-constexpr int64_t kChannels = 512;
+// Elements of a channels_last line handled at once: their sums live on the stack and stay in the first-level cache.
+constexpr int64_t kBlock = 512;
+// Narrow lines are joined up to this length.
+constexpr int64_t kJoined = 2 * kNarrowChannels;
+
+// Some channels of a channels_last tile. Where a position's channels are few and positions follow each other without a
+// gap, `repeat` positions are taken for one line, so that short lines are not all tail: sums are taken per element of
+// that line and folded, and coefficients are repeated.
+struct Block {
+  int64_t first;     // channel
+  int64_t channels;  // distinct ones
+  int64_t repeat;
+  int64_t positions;
+
+  int64_t length() const { return channels * repeat; }
+
+  // f(position, lines, length) for the lines of whole length, then for what is left.
+  template <typename F>
+  void each(F f) const {
+    const int64_t whole = positions / repeat, left = positions % repeat;
+    if (whole > 0) f(int64_t(0), whole, length());
+    if (left > 0) f(whole * repeat, int64_t(1), left * channels);
+  }
+
+  // `source` holds a value per channel, `target` one per element of the line in pack order; and the reverse, summed.
+  template <typename T, typename S>
+  void spread(const S* source, Acc<T>* target) const {
+    for (int64_t j = 0; j < length(); j += channels) {
+      for (int64_t c = 0; c < channels; ++c) target[Pack<T>::position(j + c)] = Acc<T>(source[first + c]);
+    }
+  }
+  template <typename T>
+  void fold(const Acc<T>* source, double* target) const {
+    for (int64_t c = 0; c < channels; ++c) target[first + c] = source[Pack<T>::position(c)];
+    for (int64_t j = channels; j < length(); j += channels) {
+      for (int64_t c = 0; c < channels; ++c) target[first + c] += source[Pack<T>::position(j + c)];
+    }
+  }
+};
 
 template <typename F>
-void for_channel_blocks(int64_t channels, F f) {
-  for (int64_t c = 0; c < channels; c += kChannels) f(c, std::min(kChannels, channels - c));
+void for_blocks(const Tile& tile, F f) {
+  const int64_t repeat = std::clamp<int64_t>(kJoined / tile.channels, 1, tile.positions);
+  for (int64_t c = 0; c < tile.channels; c += kBlock) {
+    f(Block{c, std::min(kBlock, tile.channels - c), repeat, tile.positions});
+  }
 }
 
+// The lines of a block, `repeat` positions each, from a position on.
 template <typename T>
-Lines<T> from(Lines<T> lines, int64_t channel) {
-  return {lines.data + channel, lines.stride};
+Lines<T> lines_of(const Lines<T>& x, const Block& block, int64_t position) {
+  return {x[position] + block.first, x.stride * block.repeat};
 }
 
 template <typename T>
 void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
-    for (int64_t c = 0; c < tile.channels; ++c) {
-      std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
-    }
+    const bool done = if_short<T>(tile.positions, [&](auto packs) {
+      ShortLine<T, packs> line(tile.positions);
+      for (int64_t c = 0; c < tile.channels; ++c) {
+        line.load(x[c]);
+        const double center = line.center();
+        const auto [low, squares] = line.mean_and_squares();
+        mean[c] = center + low;
+        m2[c] = squares - low * low * tile.positions;
+      }
+    });
+    for (int64_t c = 0; !done && c < tile.channels; ++c) std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
     return;
   }
-  const double n = tile.positions;
-  for_channel_blocks(tile.channels, [&](int64_t c, int64_t channels) {
-    const Lines<const T> lines = from(x, c);
-    alignas(64) A center[kChannels] = {};
-    alignas(64) A sums[2][kChannels] = {};
-    sum_across<T, 1>(tile.positions, channels, center, 0, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-      s[0] = s[0] + Pack<T>::load(lines[line] + j, lanes);
+  const double inverse = 1.0 / tile.positions;
+  for_blocks(tile, [&](const Block& block) {
+    alignas(64) A center[kBlock] = {};
+    alignas(64) A sums[2][kBlock] = {};
+    block.each([&](int64_t position, int64_t lines, int64_t length) {
+      const Lines<const T> from = lines_of(x, block, position);
+      sum_across<T, 1>(lines, length, center, 0, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
+        s[0] = s[0] + Pack<T>::load(from[line] + j, lanes);
+      });
     });
-    for (int64_t i = 0; i < channels; ++i) center[i] = center[i] / A(n);
-    sum_across<T, 2>(tile.positions, channels, sums[0], kChannels,
-                     [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-                       const Pack<T> d = Pack<T>::load(lines[line] + j, lanes) - Pack<T>::load(center + j, lanes);
-                       s[0] = s[0] + d;
-                       s[1] = fmadd(d, d, s[1]);
-                     });
-    for (int64_t i = 0; i < channels; ++i) {
-      mean[c + i] = double(center[i]) + double(sums[0][i]) / n;
-      m2[c + i] = double(sums[1][i]) - double(sums[0][i]) * sums[0][i] / n;
+    block.fold<T>(center, mean);
+    for (int64_t c = block.first; c < block.first + block.channels; ++c) mean[c] = A(mean[c] * inverse);
+    block.spread<T>(mean, center);
+    block.each([&](int64_t position, int64_t lines, int64_t length) {
+      const Lines<const T> from = lines_of(x, block, position);
+      sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
+        const Pack<T> d = (Pack<T>::load(from[line] + j, lanes) - Pack<T>::load_packed(center + j)).masked(lanes);
+        s[0] = s[0] + d;
+        s[1] = fmadd(d, d, s[1]);
+      });
+    });
+    double first[kBlock];
+    block.fold<T>(sums[0], first - block.first);
+    block.fold<T>(sums[1], m2);
+    for (int64_t c = 0; c < block.channels; ++c) {
+      const double low = first[c] * inverse;
+      mean[block.first + c] += low;
+      m2[block.first + c] -= first[c] * low;
     }
   });
 }
@@ -74,58 +133,70 @@ void grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<
     }
     return;
   }
-  for_channel_blocks(tile.channels, [&](int64_t c, int64_t channels) {
-    const Lines<const T> grads = from(dy, c), lines = from(x, c);
-    alignas(64) A sums[2][kChannels] = {};
-    sum_across<T, 2>(tile.positions, channels, sums[0], kChannels,
-                     [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-                       const Pack<T> g = Pack<T>::load(grads[line] + j, lanes);
-                       const Pack<T> d = Pack<T>::load(lines[line] + j, lanes) - Pack<T>::load(center + c + j, lanes);
-                       s[0] = s[0] + g;
-                       s[1] = fmadd(g, d, s[1]);
-                     });
-    for (int64_t i = 0; i < channels; ++i) {
-      sum_dy[c + i] = sums[0][i];
-      sum_dy_x[c + i] = sums[1][i];
-    }
+  for_blocks(tile, [&](const Block& block) {
+    alignas(64) A centers[kBlock] = {};
+    alignas(64) A sums[2][kBlock] = {};
+    block.spread<T>(center, centers);
+    block.each([&](int64_t position, int64_t lines, int64_t length) {
+      const Lines<const T> from = lines_of(x, block, position), grads = lines_of(dy, block, position);
+      sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
+        const Pack<T> g = Pack<T>::load(grads[line] + j, lanes);
+        s[0] = s[0] + g;
+        s[1] = fmadd(g, Pack<T>::load(from[line] + j, lanes) - Pack<T>::load_packed(centers + j), s[1]);
+      });
+    });
+    block.fold<T>(sums[0], sum_dy);
+    block.fold<T>(sums[1], sum_dy_x);
   });
 }
 
-// Calls body(line, j, lanes, load) for every pack of the tile; load(coefficients) gives the pack of coefficients
-// that belongs to it.
-template <typename T, typename Body>
-void map(const Tile& tile, Body body) {
+// out = f(values, coefficients) for every pack of the tile: `values` from each of the inputs, `coefficients` from
+// each of the arrays, which hold one value per channel.
+template <typename T, int kInputs, int kArrays, typename F>
+void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out,
+         const Acc<T>* const (&arrays)[kArrays], F f) {
+  const auto run = [&](const T* const(&from)[kInputs], T* to, int64_t length, auto load) {
+    sweep<T, 2>(length, [&](int64_t j, auto lanes, auto) {
+      Pack<T> values[kInputs], coefficients[kArrays];
+      for (int i = 0; i < kInputs; ++i) values[i] = Pack<T>::load(from[i] + j, lanes);
+      for (int k = 0; k < kArrays; ++k) coefficients[k] = load(k, j);
+      f(values, coefficients).store(to + j, lanes);
+    });
+  };
+  const T* from[kInputs];
   if (tile.layout == Layout::kContiguous) {
     for (int64_t c = 0; c < tile.channels; ++c) {
-      sweep<T, 2>(tile.positions, [&](int64_t j, auto lanes, auto) {
-        body(c, j, lanes, [&](const Acc<T>* coefficients) { return Pack<T>(coefficients[c]); });
-      });
+      for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][c];
+      Pack<T> constants[kArrays];
+      for (int k = 0; k < kArrays; ++k) constants[k] = arrays[k][c];
+      run(from, out[c], tile.positions, [&](int k, int64_t) { return constants[k]; });
     }
     return;
   }
-  for (int64_t p = 0; p < tile.positions; ++p) {
-    sweep<T, 2>(tile.channels, [&](int64_t j, auto lanes, auto) {
-      body(p, j, lanes, [&](const Acc<T>* coefficients) { return Pack<T>::load(coefficients + j, lanes); });
+  for_blocks(tile, [&](const Block& block) {
+    alignas(64) Acc<T> packed[kArrays][kBlock] = {};
+    for (int k = 0; k < kArrays; ++k) block.spread<T>(arrays[k], packed[k]);
+    block.each([&](int64_t position, int64_t lines, int64_t length) {
+      for (int64_t line = 0; line < lines; ++line) {
+        for (int i = 0; i < kInputs; ++i) from[i] = lines_of(inputs[i], block, position)[line];
+        run(from, lines_of(out, block, position)[line], length,
+            [&](int k, int64_t j) { return Pack<T>::load_packed(packed[k] + j); });
+      }
     });
-  }
+  });
 }
 
 template <typename T>
 void apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
-  map<T>(tile, [&](int64_t line, int64_t j, auto lanes, auto load) {
-    const Pack<T> d = Pack<T>::load(x[line] + j, lanes) - load(k.center);
-    fmadd(d, load(k.scale), load(k.shift)).store(y[line] + j, lanes);
-  });
+  map<T, 1, 3>(tile, {x}, y, {k.center, k.scale, k.shift},
+               [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]); });
 }
 
 template <typename T>
 void grad_apply(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
                 const BackwardCoefficients<Acc<T>>& k) {
-  map<T>(tile, [&](int64_t line, int64_t j, auto lanes, auto load) {
-    const Pack<T> g = Pack<T>::load(dy[line] + j, lanes);
-    const Pack<T> d = Pack<T>::load(x[line] + j, lanes) - load(k.center);
-    fmadd(g, load(k.scale), fmadd(d, load(k.slope), load(k.shift))).store(dx[line] + j, lanes);
-  });
+  map<T, 2, 4>(tile, {dy, x}, dx, {k.center, k.scale, k.slope, k.shift},
+               [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0], k[1], fmadd(v[1] - k[0], k[2], k[3])); });
 }
 
 template <typename T>

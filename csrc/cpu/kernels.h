@@ -53,7 +53,7 @@ struct RowForward {
   int64_t length;
   Lines<const T> x;
   Lines<T> y;
-  const Acc<T>* weight;  // or null
+  const Acc<T>* weight;  // in pack order, as all parameters of rows; or null
   const Acc<T>* bias;    // or null
   double eps;
   bool centered;  // LayerNorm; RMSNorm does not subtract the mean
@@ -79,6 +79,13 @@ struct RowBackward {
 // cut and shared among threads is decided by their callers (row.cpp, channel.cpp).
 template <typename T>
 struct Kernels {
+  // Parameters of rows are read, and their gradients summed, in whole packs of `pack_size` and in the order in which
+  // elements of T sit in registers: memory order or not.
+  int64_t pack_size;
+  bool memory_order;
+  void (*pack_parameter)(const Acc<T>* natural, int64_t length, Acc<T>* packed);
+  void (*unpack_parameter)(const Acc<T>* packed, int64_t length, Acc<T>* natural);
+
   void (*row_forward)(const RowForward<T>&, int64_t begin, int64_t end);
   void (*row_backward)(const RowBackward<T>&, int64_t begin, int64_t end);
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Registers full of elements, and the loops over memory that every kernel is written with. Included only by the
+// Registers full of elements, and the loop over memory that every kernel is written with. Included only by the
 // files compiled once per instruction set: everything here lives in a namespace named after the instruction set,
 // and has internal linkage, so that no symbol compiled for one processor can be linked into the code of another.
 
@@ -8,16 +8,13 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
-#include "../statistics.h"
 #include "kernels.h"
-
-#define NORMOPS_INLINE __attribute__((always_inline)) inline
+#include "narrow.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
@@ -28,7 +25,9 @@ struct Tail {
   int64_t count;
 };
 
-// One register's worth of T, held as accumulation type: one vector for float and double, two for 16-bit types.
+// One register's worth of T, held as accumulation type: one vector for float and double, two for 16-bit types. The
+// elements are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (narrow.h).
+// Arrays of coefficients that go with a line of T are kept in this pack order, padded to whole packs.
 template <typename T>
 struct Pack {
   using A = Acc<T>;
@@ -36,6 +35,7 @@ struct Pack {
   static constexpr int kParts = sizeof(A) / sizeof(T);
   static constexpr int64_t kLanes = Vec::size();
   static constexpr int64_t kSize = kParts * kLanes;
+  static constexpr bool kSplit = std::is_same_v<T, c10::BFloat16> && kSplitBFloat16;
 
   Vec part[kParts];
 
@@ -44,53 +44,53 @@ struct Pack {
     for (int i = 0; i < kParts; ++i) part[i] = Vec(value);
   }
 
-  NORMOPS_INLINE static int64_t lanes_in(int part, Tail tail) {
-    return std::min(std::max(tail.count - part * kLanes, int64_t(0)), kLanes);
+  // Which element of the line is lane `lane` of part `part` of its pack.
+  static constexpr int64_t element(int part, int64_t lane) { return kSplit ? 2 * lane + part : part * kLanes + lane; }
+
+  // Where element j of a line lies in an array in pack order.
+  static constexpr int64_t position(int64_t j) {
+    return kSplit ? j / kSize * kSize + j % 2 * kLanes + j % kSize / 2 : j;
   }
 
-  // From elements of type T, or of the accumulation type (weights, coefficients). Lanes past the tail are zero.
-  template <typename U, typename Lanes>
-  NORMOPS_INLINE static Pack load(const U* source, Lanes lanes) {
-    static_assert(std::is_same_v<U, T> || std::is_same_v<U, A>);
-    constexpr bool kFull = std::is_same_v<Lanes, Full>;
-    Pack result;
-    if constexpr (std::is_same_v<U, A>) {
-      for (int i = 0; i < kParts; ++i) {
-        if constexpr (kFull)
-          result.part[i] = Vec::loadu(source + i * kLanes);
-        else if (lanes_in(i, lanes) > 0)
-          result.part[i] = Vec::loadu(source + i * kLanes, lanes_in(i, lanes));
-      }
-    } else {
-      using Narrow = at::vec::Vectorized<T>;
-      Narrow narrow;
-      if constexpr (kFull)
-        narrow = Narrow::loadu(source);
+  // Elements of the line; those past the tail are zero.
+  template <typename Lanes>
+  NORMOPS_INLINE static Pack load(const T* source, Lanes lanes) {
+    const auto elements = [&] {
+      if constexpr (std::is_same_v<Lanes, Full>)
+        return at::vec::Vectorized<T>::loadu(source);
       else
-        narrow = Narrow::loadu(source, lanes.count);
-      std::tie(result.part[0], result.part[1]) = at::vec::convert_to_float<T>(narrow);
-    }
+        return at::vec::Vectorized<T>::loadu(source, lanes.count);
+    }();
+    Pack result;
+    if constexpr (kParts == 1)
+      result.part[0] = elements;
+    else
+      std::tie(result.part[0], result.part[1]) = widen<T>(elements);
     return result;
   }
 
-  template <typename U, typename Lanes>
-  NORMOPS_INLINE void store(U* target, Lanes lanes) const {
-    static_assert(std::is_same_v<U, T> || std::is_same_v<U, A>);
-    constexpr bool kFull = std::is_same_v<Lanes, Full>;
-    if constexpr (std::is_same_v<U, A>) {
-      for (int i = 0; i < kParts; ++i) {
-        if constexpr (kFull)
-          part[i].store(target + i * kLanes);
-        else if (lanes_in(i, lanes) > 0)
-          part[i].store(target + i * kLanes, lanes_in(i, lanes));
-      }
-    } else {
-      const auto narrow = at::vec::convert_from_float<T>(part[0], part[1]);
-      if constexpr (kFull)
-        narrow.store(target);
+  template <typename Lanes>
+  NORMOPS_INLINE void store(T* target, Lanes lanes) const {
+    const auto elements = [&] {
+      if constexpr (kParts == 1)
+        return part[0];
       else
-        narrow.store(target, lanes.count);
-    }
+        return narrow<T>(part[0], part[1]);
+    }();
+    if constexpr (std::is_same_v<Lanes, Full>)
+      elements.store(target);
+    else
+      elements.store(target, lanes.count);
+  }
+
+  // A whole pack of an array in pack order.
+  NORMOPS_INLINE static Pack load_packed(const A* source) {
+    Pack result;
+    for (int i = 0; i < kParts; ++i) result.part[i] = Vec::loadu(source + i * kLanes);
+    return result;
+  }
+  NORMOPS_INLINE void store_packed(A* target) const {
+    for (int i = 0; i < kParts; ++i) part[i].store(target + i * kLanes);
   }
 
   // Zero past the tail: for terms of a sum that are not zero where x is.
@@ -98,7 +98,7 @@ struct Pack {
   NORMOPS_INLINE Pack masked(Tail tail) const {
     Pack result;
     for (int i = 0; i < kParts; ++i) {
-      const Vec index = Vec::arange(A(i * kLanes), A(1));
+      const Vec index = Vec::arange(A(element(i, 0)), A(element(i, 1) - element(i, 0)));
       result.part[i] = Vec::blendv(Vec(A(0)), part[i], index < Vec(A(tail.count)));
     }
     return result;
@@ -157,65 +157,6 @@ NORMOPS_INLINE void sweep(int64_t length, Body body) {
   }
   for (; j + kSize <= length; j += kSize) body(j, Full{}, std::integral_constant<int, 0>{});
   if (j < length) body(j, Tail{length - j}, std::integral_constant<int, 0>{});
-}
-
-// Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms).
-template <typename T, int kTerms, typename Term>
-NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
-  constexpr int kUnroll = 4 / Pack<T>::kParts;
-  Pack<T> sums[kUnroll][kTerms];
-  sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
-  std::array<Acc<T>, kTerms> result;
-  for (int k = 0; k < kTerms; ++k) {
-    Pack<T> total = sums[0][k];
-    for (int u = 1; u < kUnroll; ++u) total = total + sums[u][k];
-    result[k] = total.sum();
-  }
-  return result;
-}
-
-// Sums of kTerms quantities across lines, one per element of the line: term(line, j, lanes, sums) adds the pack
-// at j of one line. Four lines at a time, so that the sums (kTerms arrays, `stride` apart) are loaded and stored once
-// for four lines and memory is read in a few long streams.
-template <typename T, int kTerms, typename Term>
-NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int64_t stride, Term term) {
-  const auto add = [&](int64_t first, auto count) {
-    sweep<T>(length, [&](int64_t j, auto lanes, auto) {
-      Pack<T> totals[kTerms];
-      for (int k = 0; k < kTerms; ++k) totals[k] = Pack<T>::load(sums + k * stride + j, lanes);
-      unroll<count>([&](auto i) { term(first + i, j, lanes, totals); });
-      for (int k = 0; k < kTerms; ++k) totals[k].store(sums + k * stride + j, lanes);
-    });
-  };
-  int64_t line = 0;
-  for (; line + 4 <= lines; line += 4) add(line, std::integral_constant<int, 4>{});
-  for (; line < lines; ++line) add(line, std::integral_constant<int, 1>{});
-}
-
-// Sums in float are taken over at most this many elements before they go on in double.
-constexpr int64_t kChunk = 4096;
-
-// Mean and M2 by the corrected two-pass formula, chunk by chunk while the chunk is in cache. Deviations are taken
-// from the rounded mean; their own mean is what rounding lost, so it sharpens both results at no cost.
-template <typename T>
-std::pair<double, double> moments_along(const T* x, int64_t length) {
-  double mean = 0, m2 = 0;
-  for (int64_t begin = 0; begin < length; begin += kChunk) {
-    const T* chunk = x + begin;
-    const int64_t n = std::min(kChunk, length - begin);
-    const auto [total] = sum_along<T, 1>(
-        n, [&](int64_t j, auto lanes, Pack<T>* sums) { sums[0] = sums[0] + Pack<T>::load(chunk + j, lanes); });
-    const Acc<T> center = total / Acc<T>(n);
-    const auto [first, second] = sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
-      const Pack<T> d = (Pack<T>::load(chunk + j, lanes) - center).masked(lanes);
-      sums[0] = sums[0] + d;
-      sums[1] = fmadd(d, d, sums[1]);
-    });
-    const double chunk_mean = double(center) + double(first) / n;
-    const double chunk_m2 = double(second) - double(first) * first / n;
-    MomentsMerge(begin, n)(mean, m2, chunk_mean, chunk_m2);
-  }
-  return {mean, m2};
 }
 
 }  // namespace

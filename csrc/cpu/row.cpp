@@ -13,11 +13,12 @@ namespace normops::cpu {
 namespace {
 
 // Each block of rows has its own float sums for dweight and dbias, which are then added up in double. The blocks
-// depend on the number of rows alone, so the sums come out the same for any number of threads.
-int64_t rows_per_block(int64_t rows) {
-  constexpr int64_t kBlocks = 64, kMostRows = 256, kFewestRows = 4;
+// depend on the shape alone, so the sums come out the same for any number of threads. Rows that no cache holds share
+// their sums more widely: there the sums are memory traffic.
+int64_t rows_per_block(int64_t rows, int64_t length) {
+  constexpr int64_t kBlocks = 64, kMostRows = 256, kLongRow = 64 * 1024;
   const int64_t even = (rows + kBlocks - 1) / kBlocks;
-  return std::min(std::max((even + 3) / 4 * 4, kFewestRows), kMostRows);
+  return std::clamp<int64_t>((even + 3) / 4 * 4, length > kLongRow ? 16 : 4, kMostRows);
 }
 
 template <typename T>
@@ -29,20 +30,45 @@ Lines<T> lines(const at::Tensor& rows) {
     return {rows.mutable_data_ptr<Element>(), rows.stride(0)};
 }
 
-template <typename A>
-const A* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<A>() : nullptr;
-}
+// A weight or bias as the kernels read it. Most lie that way already.
+template <typename T>
+struct RowParameter {
+  at::Tensor tensor;
 
-template <typename A>
-void add_blocks(const A* partial, int64_t blocks, int64_t length, A* total) {
-  parallel(length, blocks, [&](int64_t begin, int64_t end) {
+  RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t length, const char* name)
+      : tensor(as_parameter(parameter, input, length, acc_type(input), name)) {
+    const Kernels<T>& kernel = kernels().of<T>();
+    if (!tensor.defined() || (kernel.memory_order && length % kernel.pack_size == 0)) return;
+    const at::Tensor packed = at::zeros({padded(length)}, tensor.options());
+    kernel.pack_parameter(tensor.const_data_ptr<Acc<T>>(), length, packed.mutable_data_ptr<Acc<T>>());
+    tensor = packed;
+  }
+
+  static int64_t padded(int64_t length) {
+    const int64_t size = kernels().of<T>().pack_size;
+    return (length + size - 1) / size * size;
+  }
+
+  const Acc<T>* data() const { return tensor.defined() ? tensor.const_data_ptr<Acc<T>>() : nullptr; }
+};
+
+// Adds up the blocks' sums, in double and in order.
+template <typename T>
+at::Tensor add_blocks(const Acc<T>* partial, int64_t blocks, int64_t stride, at::IntArrayRef shape,
+                      at::TensorOptions options) {
+  using A = Acc<T>;
+  at::Tensor packed = at::empty({stride}, options);
+  A* const total = packed.mutable_data_ptr<A>();
+  parallel(stride, blocks, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       double sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += partial[block * length + j];
+      for (int64_t block = 0; block < blocks; ++block) sum += partial[block * stride + j];
       total[j] = A(sum);
     }
   });
+  at::Tensor result = at::empty(shape, options);
+  kernels().of<T>().unpack_parameter(total, result.numel(), result.mutable_data_ptr<A>());
+  return result;
 }
 
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
@@ -53,14 +79,12 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   at::Tensor mean = at::empty(row_statistics_shape(input, normalized_ndim), input.options().dtype(at::kDouble));
   at::Tensor rstd = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm", [&] {
-    using A = Acc<scalar_t>;
-    const at::Tensor w = as_parameter(weight, input, length, acc_type(input), "weight");
-    const at::Tensor b = as_parameter(bias, input, length, acc_type(input), "bias");
+    const RowParameter<scalar_t> w(weight, input, length, "weight"), b(bias, input, length, "bias");
     const RowForward<scalar_t> args{length,
                                     lines<const scalar_t>(x),
                                     {output.mutable_data_ptr<scalar_t>(), length},
-                                    data_or_null<A>(w),
-                                    data_or_null<A>(b),
+                                    w.data(),
+                                    b.data(),
                                     eps,
                                     centered,
                                     mean.mutable_data_ptr<double>(),
@@ -87,11 +111,12 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const bool params = output_mask[1] || output_mask[2];
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm_backward", [&] {
     using A = Acc<scalar_t>;
-    const at::Tensor w = as_parameter(weight, input, length, acc_type(input), "weight");
-    const int64_t block = rows_per_block(rows);
+    const RowParameter<scalar_t> w(weight, input, length, "weight");
+    const int64_t stride = w.padded(length);
+    const int64_t block = rows_per_block(rows, length);
     const int64_t blocks = (rows + block - 1) / block;
     at::Tensor partial;
-    if (params) partial = at::empty({2, blocks, length}, input.options().dtype(acc_type(input)));
+    if (params) partial = at::empty({2, blocks, stride}, input.options().dtype(acc_type(input)));
     A* const sums = params ? partial.mutable_data_ptr<A>() : nullptr;
     const auto run = kernels().of<scalar_t>().row_backward;
     parallel(blocks, block * length, [&](int64_t begin, int64_t end) {
@@ -99,7 +124,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
                                  lines<const scalar_t>(dy),
                                  lines<const scalar_t>(x),
                                  {dx.defined() ? dx.mutable_data_ptr<scalar_t>() : nullptr, length},
-                                 data_or_null<A>(w),
+                                 w.data(),
                                  means.const_data_ptr<double>(),
                                  rstds.const_data_ptr<double>(),
                                  centered,
@@ -107,21 +132,17 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
                                  nullptr};
       for (int64_t i = begin; i < end; ++i) {
         if (params) {
-          args.dweight = sums + i * length;
-          args.dbias = sums + (blocks + i) * length;
-          std::fill_n(args.dweight, length, A(0));
-          std::fill_n(args.dbias, length, A(0));
+          args.dweight = sums + i * stride;
+          args.dbias = sums + (blocks + i) * stride;
+          std::fill_n(args.dweight, stride, A(0));
+          std::fill_n(args.dbias, stride, A(0));
         }
         run(args, i * block, std::min(rows, (i + 1) * block));
       }
     });
-    const auto finish = [&](const A* from) {
-      at::Tensor total = at::empty(input.sizes().slice(input.dim() - normalized_ndim), partial.options());
-      add_blocks(from, blocks, length, total.mutable_data_ptr<A>());
-      return total;
-    };
-    if (output_mask[1]) dweight = finish(sums);
-    if (output_mask[2]) dbias = finish(sums + blocks * length);
+    const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
+    if (output_mask[1]) dweight = add_blocks<scalar_t>(sums, blocks, stride, shape, partial.options());
+    if (output_mask[2]) dbias = add_blocks<scalar_t>(sums + blocks * stride, blocks, stride, shape, partial.options());
   });
   return {dx, dweight, dbias};
 }

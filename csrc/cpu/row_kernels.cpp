@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "pack.h"
+#include "lines.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
@@ -23,12 +23,13 @@ double sum_of_squares(const T* x, int64_t length) {
 template <typename T, bool kWeight, bool kBias>
 void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
+  const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.x[row];
     T* y = a.y[row];
     const auto [mean, m2] =
         a.centered ? moments_along(x, a.length) : std::pair<double, double>(0.0, sum_of_squares(x, a.length));
-    const double rstd = 1 / std::sqrt(m2 / a.length + a.eps);
+    const double rstd = 1 / std::sqrt(m2 * inverse + a.eps);
     a.mean[row] = mean;
     a.rstd[row] = rstd;
     const A center = A(mean);
@@ -37,76 +38,138 @@ void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
     sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
       if constexpr (kWeight && kBias) {
-        v = fmadd(v, Pack<T>::load(a.weight + j, lanes), Pack<T>::load(a.bias + j, lanes));
+        v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
       } else if constexpr (kWeight) {
-        v = v * Pack<T>::load(a.weight + j, lanes);
+        v = v * Pack<T>::load_packed(a.weight + j);
       } else if constexpr (kBias) {
-        v = v + Pack<T>::load(a.bias + j, lanes);
+        v = v + Pack<T>::load_packed(a.bias + j);
       }
       v.store(y + j, lanes);
     });
   }
 }
 
+template <typename T, int kPacks>
+void short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+  ShortLine<T, kPacks> line(a.length);
+  Pack<T> weight[kPacks], bias[kPacks];
+  line.each([&](int i, int64_t j, auto) {
+    weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1);
+    bias[i] = a.bias ? Pack<T>::load_packed(a.bias + j) : Pack<T>(0);
+  });
+  for (int64_t row = begin; row < end; ++row) {
+    line.load(a.x[row]);
+    const double center = a.centered ? line.center() : 0.0;
+    auto [low, squares] = line.mean_and_squares();
+    if (!a.centered) low = 0;
+    const double rstd = 1 / std::sqrt(squares * line.inverse - low * low + a.eps);
+    a.mean[row] = center + low;
+    a.rstd[row] = rstd;
+    const Pack<T> scale = Acc<T>(rstd), shift = Acc<T>(-low * rstd);
+    T* y = a.y[row];
+    line.each([&](int i, int64_t j, auto lanes) {
+      fmadd(fmadd(line.values[i], scale, shift), weight[i], bias[i]).store(y + j, lanes);
+    });
+  }
+}
+
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, written as
-// dx = rstd * g + slope * (x - center) + shift.
+// dx = rstd * g + slope * (x - center) + shift; and xhat = (x - center) * rstd + low.
 template <typename T>
 struct RowCoefficients {
-  Acc<T> center, rstd, slope, shift;
+  Acc<T> center, rstd, low, slope = 0, shift = 0;
+  double mean_low, exact_rstd;
+
+  RowCoefficients() = default;
+  RowCoefficients(double mean, double rstd)
+      : center(Acc<T>(mean)), rstd(Acc<T>(rstd)), mean_low(mean - center), exact_rstd(rstd) {
+    low = Acc<T>(-mean_low * rstd);
+  }
+
+  // From the sums over the row of g and g * (x - center).
+  void set_sums(double sum_g, double sum_g_x, double inverse, bool centered) {
+    const double along_x = -exact_rstd * exact_rstd * exact_rstd * (sum_g_x - mean_low * sum_g) * inverse;
+    slope = Acc<T>(along_x);
+    shift = Acc<T>((centered ? -exact_rstd * sum_g * inverse : 0.0) - along_x * mean_low);
+  }
 };
+
+template <typename T, int kPacks>
+void short_row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  ShortLine<T, kPacks> dy(a.length), x(a.length);
+  Pack<T> weight[kPacks], dweight[kPacks], dbias[kPacks];
+  dy.each([&](int i, int64_t j, auto) { weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1); });
+  for (int64_t row = begin; row < end; ++row) {
+    RowCoefficients<T> c(a.mean[row], a.rstd[row]);
+    dy.load(a.dy[row]);
+    x.load(a.x[row]);
+    x.each([&](int i, int64_t, auto) {
+      x.values[i] = x.values[i] - c.center;
+      dweight[i] = fmadd(dy.values[i], fmadd(x.values[i], c.rstd, c.low), dweight[i]);
+      dbias[i] = dbias[i] + dy.values[i];
+    });
+    if (a.dx.data == nullptr) continue;
+    Pack<T> sum_g, sum_g_x;
+    x.each([&](int i, int64_t, auto) {
+      dy.values[i] = dy.values[i] * weight[i];
+      sum_g = sum_g + dy.values[i];
+      sum_g_x = fmadd(dy.values[i], x.values[i], sum_g_x);
+    });
+    c.set_sums(sum_g.sum(), sum_g_x.sum(), x.inverse, a.centered);
+    T* dx = a.dx[row];
+    x.each([&](int i, int64_t j, auto lanes) {
+      fmadd(dy.values[i], c.rstd, fmadd(x.values[i], c.slope, c.shift)).store(dx + j, lanes);
+    });
+  }
+  if (a.dweight == nullptr) return;
+  dy.each([&](int i, int64_t j, auto) {
+    (Pack<T>::load_packed(a.dweight + j) + dweight[i]).store_packed(a.dweight + j);
+    (Pack<T>::load_packed(a.dbias + j) + dbias[i]).store_packed(a.dbias + j);
+  });
+}
 
 template <typename T, bool kWeight>
 RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
-  using A = Acc<T>;
+  RowCoefficients<T> c(a.mean[row], a.rstd[row]);
+  if (a.dx.data == nullptr) return c;
   const T* dy = a.dy[row];
   const T* x = a.x[row];
-  const double mean = a.mean[row], rstd = a.rstd[row];
-  const A center = A(mean);
-  const double low = mean - center;
-  if (a.dx.data == nullptr) return {center, A(rstd), 0, A(-low)};
   double sum_g = 0, sum_g_x = 0;
   for (int64_t from = 0; from < a.length; from += kChunk) {
     const auto [first, second] =
         sum_along<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, Pack<T>* sums) {
           const int64_t j = from + i;
           Pack<T> g = Pack<T>::load(dy + j, lanes);
-          if constexpr (kWeight) g = g * Pack<T>::load(a.weight + j, lanes);
+          if constexpr (kWeight) g = g * Pack<T>::load_packed(a.weight + j);
           sums[0] = sums[0] + g;
-          sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - center, sums[1]);
+          sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - c.center, sums[1]);
         });
     sum_g += first;
     sum_g_x += second;
   }
-  sum_g_x -= low * sum_g;
-  const double slope = -rstd * rstd * rstd * sum_g_x / a.length;
-  const double shift = (a.centered ? -rstd * sum_g / a.length : 0.0) - slope * low;
-  return {center, A(rstd), A(slope), A(shift)};
+  c.set_sums(sum_g, sum_g_x, 1.0 / a.length, a.centered);
+  return c;
 }
 
 constexpr int kRows = 4;
 
 template <typename T, bool kDx, bool kWeight, bool kParams>
 void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
-  using A = Acc<T>;
   const auto rows = [&](int64_t first, auto count) {
     RowCoefficients<T> c[count];
-    Pack<T> low[count];
-    for (int r = 0; r < count; ++r) {
-      c[r] = row_coefficients<T, kWeight>(a, first + r);
-      low[r] = A((c[r].center - a.mean[first + r]) * a.rstd[first + r]);
-    }
+    for (int r = 0; r < count; ++r) c[r] = row_coefficients<T, kWeight>(a, first + r);
     sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> weight, dweight, dbias;
-      if constexpr (kWeight && kDx) weight = Pack<T>::load(a.weight + j, lanes);
+      if constexpr (kWeight && kDx) weight = Pack<T>::load_packed(a.weight + j);
       if constexpr (kParams) {
-        dweight = Pack<T>::load(a.dweight + j, lanes);
-        dbias = Pack<T>::load(a.dbias + j, lanes);
+        dweight = Pack<T>::load_packed(a.dweight + j);
+        dbias = Pack<T>::load_packed(a.dbias + j);
       }
       unroll<count>([&](auto r) {
         const Pack<T> g = Pack<T>::load(a.dy[first + r] + j, lanes);
         const Pack<T> d = Pack<T>::load(a.x[first + r] + j, lanes) - c[r].center;
         if constexpr (kParams) {
-          dweight = fmadd(g, fmadd(d, c[r].rstd, low[r]), dweight);
+          dweight = fmadd(g, fmadd(d, c[r].rstd, c[r].low), dweight);
           dbias = dbias + g;
         }
         if constexpr (kDx) {
@@ -115,8 +178,8 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
         }
       });
       if constexpr (kParams) {
-        dweight.store(a.dweight + j, lanes);
-        dbias.store(a.dbias + j, lanes);
+        dweight.store_packed(a.dweight + j);
+        dbias.store_packed(a.dbias + j);
       }
     });
   };
@@ -127,6 +190,7 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+  if (if_short<T>(a.length, [&](auto packs) { short_row_forward<T, packs>(a, begin, end); })) return;
   const auto run = a.weight && a.bias ? row_forward<T, true, true>
                    : a.weight         ? row_forward<T, true, false>
                    : a.bias           ? row_forward<T, false, true>
@@ -136,6 +200,7 @@ void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  if (if_short<T>(a.length, [&](auto packs) { short_row_backward<T, packs>(a, begin, end); })) return;
   const bool dx = a.dx.data != nullptr;
   const bool params = a.dweight != nullptr;
   const auto run = dx && params ? (a.weight ? row_backward<T, true, true, true> : row_backward<T, true, false, true>)
@@ -145,7 +210,21 @@ void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+void pack_parameter(const Acc<T>* natural, int64_t length, Acc<T>* packed) {
+  for (int64_t j = 0; j < length; ++j) packed[Pack<T>::position(j)] = natural[j];
+}
+
+template <typename T>
+void unpack_parameter(const Acc<T>* packed, int64_t length, Acc<T>* natural) {
+  for (int64_t j = 0; j < length; ++j) natural[j] = packed[Pack<T>::position(j)];
+}
+
+template <typename T>
 void add(Kernels<T>& kernels) {
+  kernels.pack_size = Pack<T>::kSize;
+  kernels.memory_order = !Pack<T>::kSplit;
+  kernels.pack_parameter = pack_parameter<T>;
+  kernels.unpack_parameter = unpack_parameter<T>;
   kernels.row_forward = forward<T>;
   kernels.row_backward = backward<T>;
 }

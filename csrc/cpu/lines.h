@@ -1,0 +1,139 @@
+#pragma once
+
+// Sums and statistics of lines: along one, across many, and of one that fits in registers.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "../statistics.h"
+#include "pack.h"
+
+namespace normops::cpu::CPU_CAPABILITY {
+namespace {
+
+// Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms).
+template <typename T, int kTerms, typename Term>
+NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
+  constexpr int kUnroll = 8 / (kTerms * Pack<T>::kParts);
+  Pack<T> sums[kUnroll][kTerms];
+  sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
+  std::array<Acc<T>, kTerms> result;
+  for (int k = 0; k < kTerms; ++k) {
+    for (int step = kUnroll / 2; step > 0; step /= 2) {
+      for (int u = 0; u < step; ++u) sums[u][k] = sums[u][k] + sums[u + step][k];
+    }
+    result[k] = sums[0][k].sum();
+  }
+  return result;
+}
+
+// Sums of kTerms quantities across lines, one per element of the line: term(line, j, lanes, sums) adds the pack
+// at j of one line. Four lines at a time, so that the sums (kTerms arrays in pack order, `stride` apart) are loaded and
+// stored once for four lines and memory is read in a few long streams.
+template <typename T, int kTerms, typename Term>
+NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int64_t stride, Term term) {
+  const auto add = [&](int64_t first, auto count) {
+    sweep<T>(length, [&](int64_t j, auto lanes, auto) {
+      Pack<T> totals[kTerms];
+      for (int k = 0; k < kTerms; ++k) totals[k] = Pack<T>::load_packed(sums + k * stride + j);
+      unroll<count>([&](auto i) { term(first + i, j, lanes, totals); });
+      for (int k = 0; k < kTerms; ++k) totals[k].store_packed(sums + k * stride + j);
+    });
+  };
+  int64_t line = 0;
+  for (; line + 4 <= lines; line += 4) add(line, std::integral_constant<int, 4>{});
+  for (; line < lines; ++line) add(line, std::integral_constant<int, 1>{});
+}
+
+// Sums in float are taken over at most this many elements before they go on in double.
+constexpr int64_t kChunk = 4096;
+
+// Mean and M2 of one chunk by the corrected two-pass formula. Deviations are taken from the rounded mean; their own
+// mean is what rounding lost, so it sharpens both results at no cost.
+template <typename T>
+NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse) {
+  const auto [total] = sum_along<T, 1>(
+      n, [&](int64_t j, auto lanes, Pack<T>* sums) { sums[0] = sums[0] + Pack<T>::load(x + j, lanes); });
+  const Acc<T> center = total * Acc<T>(inverse);
+  const auto [first, second] = sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
+    const Pack<T> d = (Pack<T>::load(x + j, lanes) - center).masked(lanes);
+    sums[0] = sums[0] + d;
+    sums[1] = fmadd(d, d, sums[1]);
+  });
+  const double low = first * inverse;
+  return {center + low, second - first * low};
+}
+
+// Mean and M2 of a line, chunk by chunk while the chunk is in cache.
+template <typename T>
+NORMOPS_INLINE std::pair<double, double> moments_along(const T* x, int64_t length) {
+  int64_t begin = std::min(kChunk, length);
+  auto [mean, m2] = chunk_moments(x, begin, 1.0 / begin);
+  for (; begin < length; begin += kChunk) {
+    const int64_t n = std::min(kChunk, length - begin);
+    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n);
+    MomentsMerge(begin, n)(mean, m2, chunk_mean, chunk_m2);
+  }
+  return {mean, m2};
+}
+
+// A line short enough to stay in registers: memory is read, and 16-bit elements widened, once.
+template <typename T, int kPacks>
+struct ShortLine {
+  Pack<T> values[kPacks];
+  Tail last;
+  double inverse;
+
+  explicit ShortLine(int64_t length) : last{length - (kPacks - 1) * Pack<T>::kSize}, inverse(1.0 / length) {}
+
+  // f(i, element, lanes) for every pack.
+  template <typename F>
+  NORMOPS_INLINE void each(F f) const {
+    unroll<kPacks>([&](auto i) {
+      if constexpr (i + 1 < kPacks)
+        f(i, i * Pack<T>::kSize, Full{});
+      else
+        f(i, i * Pack<T>::kSize, last);
+    });
+  }
+
+  NORMOPS_INLINE void load(const T* x) {
+    each([&](int i, int64_t j, auto lanes) { values[i] = Pack<T>::load(x + j, lanes); });
+  }
+
+  // Takes the (rounded) mean off the values, and returns it.
+  NORMOPS_INLINE Acc<T> center() {
+    Pack<T> total;
+    each([&](int i, int64_t, auto) { total = total + values[i]; });
+    const Acc<T> center = total.sum() * Acc<T>(inverse);
+    each([&](int i, int64_t, auto lanes) { values[i] = (values[i] - center).masked(lanes); });
+    return center;
+  }
+
+  // The mean and sum of squares of the values.
+  NORMOPS_INLINE std::pair<double, double> mean_and_squares() const {
+    Pack<T> first, second;
+    each([&](int i, int64_t, auto) {
+      first = first + values[i];
+      second = fmadd(values[i], values[i], second);
+    });
+    return {first.sum() * inverse, second.sum()};
+  }
+};
+
+// f(packs) with the number of packs in a line as a constant, if the line is short; false if it is not.
+constexpr int kShortPacks = 8;
+template <typename T, typename F>
+NORMOPS_INLINE bool if_short(int64_t length, F f) {
+  const int64_t packs = (length + Pack<T>::kSize - 1) / Pack<T>::kSize;
+  if (packs < 1 || packs > kShortPacks) return false;
+  unroll<kShortPacks>([&](auto i) {
+    if (packs == i + 1) f(std::integral_constant<int, i + 1>{});
+  });
+  return true;
+}
+
+}  // namespace
+}  // namespace normops::cpu::CPU_CAPABILITY

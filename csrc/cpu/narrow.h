@@ -1,0 +1,84 @@
+#pragma once
+
+// Between 16-bit elements and float registers. Half is widened in memory order. A 32-bit word of bfloat16 holds two
+// neighbours; taken apart by a shift and a mask they become one vector of the even elements and one of the odd ones,
+// for a third of the work. The order does not matter to a sum, nor to a line whose coefficients lie in the same order.
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <tuple>
+
+#define NORMOPS_INLINE __attribute__((always_inline)) inline
+
+namespace normops::cpu::CPU_CAPABILITY {
+namespace {
+
+using Floats = at::vec::Vectorized<float>;
+
+template <typename T>
+NORMOPS_INLINE std::tuple<Floats, Floats> widen(const at::vec::Vectorized<T>& elements) {
+  return at::vec::convert_to_float<T>(elements);
+}
+
+template <typename T>
+NORMOPS_INLINE at::vec::Vectorized<T> narrow(const Floats& first, const Floats& second) {
+  return at::vec::convert_from_float<T>(first, second);
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+constexpr bool kSplitBFloat16 = true;
+
+template <>
+NORMOPS_INLINE std::tuple<Floats, Floats> widen(const at::vec::Vectorized<c10::BFloat16>& elements) {
+  const __m512i words = elements;
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff0000)))};
+}
+
+// To nearest even in the upper half of each word; a NaN stays one.
+NORMOPS_INLINE __m512i rounded(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+
+template <>
+NORMOPS_INLINE at::vec::Vectorized<c10::BFloat16> narrow(const Floats& even, const Floats& odd) {
+  return _mm512_mask_mov_epi16(rounded(odd), 0x55555555, _mm512_srli_epi32(rounded(even), 16));
+}
+
+#elif defined(CPU_CAPABILITY_AVX2)
+
+constexpr bool kSplitBFloat16 = true;
+
+template <>
+NORMOPS_INLINE std::tuple<Floats, Floats> widen(const at::vec::Vectorized<c10::BFloat16>& elements) {
+  const __m256i words = elements;
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xffff0000)))};
+}
+
+NORMOPS_INLINE __m256i rounded(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), nan);
+}
+
+template <>
+NORMOPS_INLINE at::vec::Vectorized<c10::BFloat16> narrow(const Floats& even, const Floats& odd) {
+  return _mm256_blend_epi16(rounded(odd), _mm256_srli_epi32(rounded(even), 16), 0x55);
+}
+
+#else
+
+constexpr bool kSplitBFloat16 = false;
+
+#endif
+
+}  // namespace
+}  // namespace normops::cpu::CPU_CAPABILITY

@@ -48,7 +48,8 @@ at::Tensor as_parameter(const OptionalTensor& tensor, const at::Tensor& input, i
   if (!defined(tensor)) return {};
   TORCH_CHECK(tensor->numel() == numel && tensor->device() == input.device(), "normops: expected ", name, " with ",
               numel, " elements on ", input.device(), ", got ", tensor->numel(), " on ", tensor->device());
-  return tensor->to(dtype).contiguous();
+  // Asked first: even a conversion that does nothing is a trip through the dispatcher.
+  return tensor->scalar_type() == dtype && tensor->is_contiguous() ? *tensor : tensor->to(dtype).contiguous();
 }
 
 std::pair<int64_t, int64_t> row_shape(const at::Tensor& input, int64_t normalized_ndim) {

@@ -83,14 +83,13 @@ struct ChannelNormBackward : torch::autograd::Function<ChannelNormBackward> {
 Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
                                bool over_batch, double eps, bool input_stats, Mask3 output_mask) {
-  const OptionalTensor dy = grad_output, x = input;
-  if (composition_needed({&dy, &x, &weight})) {
+  if (composition_needed(grad_output, input, weight)) {
     const OptionalTensor none;
     const Layer layer =
         channel_layer(input, num_groups, over_batch, eps, input_stats ? none : mean, input_stats ? none : var);
     return compose_backward(layer, grad_output, input, weight, output_mask);
   }
-  if (gradient_needed({&dy, &x, &weight})) {
+  if (gradient_needed(grad_output, input, weight)) {
     return all_three(ChannelNormBackward::apply(grad_output, input, mean, var, weight, num_groups, over_batch, eps,
                                                 input_stats, output_mask),
                      output_mask);
@@ -104,12 +103,11 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
 Statistics channel_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& given_mean, const OptionalTensor& given_var,
                         const c10::SymInt& num_groups, bool over_batch, double eps) {
-  const OptionalTensor x = input;
-  if (composition_needed({&x, &weight, &bias})) {
+  if (composition_needed(input, weight, bias)) {
     const Layer layer = channel_layer(input, num_groups, over_batch, eps, given_mean, given_var);
     return {compose(layer, input, weight, bias), {}, {}};
   }
-  if (gradient_needed({&x, &weight, &bias})) {
+  if (gradient_needed(input, weight, bias)) {
     const variable_list results =
         ChannelNorm::apply(input, weight, bias, given_mean, given_var, num_groups, over_batch, eps);
     return {results[0], results[1], results[2]};

@@ -1,7 +1,6 @@
 #include "composition.h"
 
 #include <ATen/FuncTorchTLS.h>
-#include <ATen/core/grad_mode.h>
 
 #include <vector>
 
@@ -162,20 +161,6 @@ Tensors3 compose_double_backward(const Layer& layer, const Tensors3& grads, cons
   return {to_dy.defined() ? x.like_input(to_dy) : to_dy, to_x.defined() ? x.like_input(to_x) : to_x, to_weight};
 }
 
-bool composition_needed(std::initializer_list<const OptionalTensor*> tensors) {
-  if (at::functorch::functorchTLSAccessor() && !at::functorch::getDynamicLayerStack().empty()) return true;
-  for (const OptionalTensor* tensor : tensors) {
-    if (defined(*tensor) && (*tensor)->_fw_grad(/*level=*/0).defined()) return true;
-  }
-  return false;
-}
-
-bool gradient_needed(std::initializer_list<const OptionalTensor*> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  for (const OptionalTensor* tensor : tensors) {
-    if (defined(*tensor) && (*tensor)->requires_grad()) return true;
-  }
-  return false;
-}
+bool in_functorch() { return at::functorch::functorchTLSAccessor() && !at::functorch::getDynamicLayerStack().empty(); }
 
 }  // namespace normops

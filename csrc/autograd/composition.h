@@ -4,6 +4,8 @@
 // than plain values has to flow through a layer (functorch transforms, forward-mode AD), and it is the derivative of
 // the backward. Slower than a kernel, but differentiable to any order and right for any kind of tensor.
 
+#include <ATen/core/grad_mode.h>
+
 #include "../tensors.h"
 
 namespace normops {
@@ -43,10 +45,24 @@ Tensors3 compose_backward(const Layer& layer, const at::Tensor& grad_output, con
 Tensors3 compose_double_backward(const Layer& layer, const Tensors3& grads, const at::Tensor& grad_output,
                                  const at::Tensor& input, const OptionalTensor& weight);
 
-// Whether a functorch transform is running, or one of the tensors carries a tangent.
-bool composition_needed(std::initializer_list<const OptionalTensor*> tensors);
+// Whether a functorch transform is running.
+bool in_functorch();
+
+inline bool has_tangent(const at::Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
+inline bool has_tangent(const OptionalTensor& t) { return t.has_value() && has_tangent(*t); }
+inline bool requires_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool requires_grad(const OptionalTensor& t) { return t.has_value() && requires_grad(*t); }
+
+// Whether something other than plain values has to flow through a call with these tensors.
+template <typename... Tensors>
+bool composition_needed(const Tensors&... tensors) {
+  return in_functorch() || (has_tangent(tensors) || ...);
+}
 
 // Whether the call has to be recorded.
-bool gradient_needed(std::initializer_list<const OptionalTensor*> tensors);
+template <typename... Tensors>
+bool gradient_needed(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+}
 
 }  // namespace normops

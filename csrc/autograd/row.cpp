@@ -65,12 +65,11 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
 Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
                            bool centered, Mask3 output_mask) {
-  const OptionalTensor dy = grad_output, x = input;
-  if (composition_needed({&dy, &x, &weight})) {
+  if (composition_needed(grad_output, input, weight)) {
     return compose_backward({row_frame(input, normalized_ndim), eps, centered}, grad_output, input, weight,
                             output_mask);
   }
-  if (gradient_needed({&dy, &x, &weight})) {
+  if (gradient_needed(grad_output, input, weight)) {
     return all_three(
         RowNormBackward::apply(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask),
         output_mask);
@@ -81,11 +80,10 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
 
 at::Tensor row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                     const OptionalTensor& bias, double eps, bool centered) {
-  const OptionalTensor x = input;
-  if (composition_needed({&x, &weight, &bias})) {
+  if (composition_needed(input, weight, bias)) {
     return compose({row_frame(input, normalized_ndim), eps, centered}, input, weight, bias);
   }
-  if (gradient_needed({&x, &weight, &bias})) {
+  if (gradient_needed(input, weight, bias)) {
     return RowNorm::apply(input, normalized_ndim, weight, bias, eps, centered);
   }
   return std::get<0>(ops::row_norm(input, normalized_ndim, weight, bias, eps, centered));

@@ -93,10 +93,16 @@ struct Scratch {
   std::unique_ptr<A[]> data;
 };
 
+// A weight or bias, or what an absent one stands for.
 template <typename A>
-A value_or(const at::Tensor& parameter, int64_t channel, A absent) {
-  return parameter.defined() ? parameter.const_data_ptr<A>()[channel] : absent;
-}
+struct Parameter {
+  const A* data;
+  A absent;
+
+  Parameter(const at::Tensor& tensor, A absent)
+      : data(tensor.defined() ? tensor.const_data_ptr<A>() : nullptr), absent(absent) {}
+  double operator[](int64_t channel) const { return data ? data[channel] : absent; }
+};
 
 // A mean as the nearest A and the rest. For inputs of type A, deviations from the nearest are exact or nearly so.
 template <typename A>
@@ -119,7 +125,7 @@ void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t l
 }
 
 template <typename T>
-void forward(const Geometry& g, Operand<const T> x, Operand<T> y, const at::Tensor& weight, const at::Tensor& bias,
+void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<T>> weight, Parameter<Acc<T>> bias,
              double eps, bool given, double* stat_mean, double* stat_var) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.samples_per_row() * g.segments_per_sample();
@@ -159,10 +165,10 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, const at::Tens
         const SplitMean<A> split(stat_mean[group]);
         const double rstd = 1 / std::sqrt(stat_var[group] + eps);
         for (int64_t i = c; i < c + g.group_size(); ++i) {
-          const double factor = rstd * value_or<A>(weight, i, 1);
+          const double factor = rstd * weight[i];
           center[row * C + i] = split.center;
           scale[row * C + i] = A(factor);
-          shift[row * C + i] = A(value_or<A>(bias, i, 0) - split.low * factor);
+          shift[row * C + i] = A(bias[i] - split.low * factor);
         }
       }
     }
@@ -184,7 +190,7 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, const at::Tens
 // dx = w*rstd*dy - rstd^3 * G2/n * (x - mean) - rstd * G1/n, where G1 and G2 are the sums over the group of w*dy and
 // w*dy*(x - mean); the last two terms are absent where the statistics are constants (evaluation).
 template <typename T>
-void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, const at::Tensor& weight,
+void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<Acc<T>> weight,
               const double* stat_mean, const double* stat_var, double eps, bool given, Acc<T>* dweight, Acc<T>* dbias) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.samples_per_row() * g.segments_per_sample();
@@ -192,7 +198,9 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
   const bool sums_needed = dweight || dbias || !given;
   const Scratch<double> sum_dy(sums_needed ? g.segments() * C : 0), sum_dy_x(sums_needed ? g.segments() * C : 0);
   const Scratch<A> center(g.rows() * C), scale(g.rows() * C), slope(g.rows() * C), shift(g.rows() * C);
-  for (int64_t i = 0; i < g.rows() * C; ++i) center[i] = A(stat_mean[i / g.group_size()]);
+  for (int64_t group = 0; group < g.rows() * g.num_groups; ++group) {
+    std::fill_n(center + group * g.group_size(), g.group_size(), A(stat_mean[group]));
+  }
 
   const auto reduce = [&](const Region& r) {
     if (!sums_needed) return;
@@ -221,14 +229,14 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
         for (int64_t i = c; sums_needed && i < c + g.group_size(); ++i) {
           double& dy_xhat = sum_dy_x[first * C + i];
           dy_xhat = (dy_xhat - split.low * sum_dy[first * C + i]) * rstd;
-          group_dy += sum_dy[first * C + i] * value_or<A>(weight, i, 1);
-          group_dy_xhat += dy_xhat * value_or<A>(weight, i, 1);
+          group_dy += sum_dy[first * C + i] * weight[i];
+          group_dy_xhat += dy_xhat * weight[i];
         }
         const double n = g.elements_per_group();
         const double group_slope = given ? 0.0 : -rstd * rstd * group_dy_xhat / n;
         const double group_shift = given ? 0.0 : -rstd * group_dy / n - group_slope * split.low;
         for (int64_t i = c; i < c + g.group_size(); ++i) {
-          scale[row * C + i] = A(rstd * value_or<A>(weight, i, 1));
+          scale[row * C + i] = A(rstd * weight[i]);
           slope[row * C + i] = A(group_slope);
           shift[row * C + i] = A(group_shift);
         }
@@ -288,7 +296,7 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
     const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
     const at::Tensor b = as_parameter(bias, input, g.channels, acc_type(input), "bias");
     forward<scalar_t>(g, {x.const_data_ptr<scalar_t>(), view.strides[0]},
-                      {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, w, b, eps, given,
+                      {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, {w, 1}, {b, 0}, eps, given,
                       mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
   });
   return {output, mean, var};
@@ -320,7 +328,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
           const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
           backward<scalar_t>(g, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
                              {x.const_data_ptr<scalar_t>(), view.strides[0]},
-                             {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, w,
+                             {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
                              means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats,
                              dweight.defined() ? dweight.mutable_data_ptr<A>() : nullptr,
                              dbias.defined() ? dbias.mutable_data_ptr<A>() : nullptr);

@@ -15,9 +15,9 @@ constexpr int64_t kBlock = 512;
 // Narrow lines are joined up to this length.
 constexpr int64_t kJoined = 2 * kNarrowChannels;
 
-// Some channels of a channels_last tile. Where a position's channels are few and positions follow each other without a
-// gap, `repeat` positions are taken for one line, so that short lines are not all tail: sums are taken per element of
-// that line and folded, and coefficients are repeated.
+// Some channels of a channels_last tile. Where a position's channels are few, `repeat` positions are taken for one
+// line, so that lines are not all tail: sums are taken per element of that line and folded, and coefficients are
+// repeated.
 struct Block {
   int64_t first;     // channel
   int64_t channels;  // distinct ones
@@ -34,18 +34,19 @@ struct Block {
     if (left > 0) f(whole * repeat, int64_t(1), left * channels);
   }
 
-  // `source` holds a value per channel, `target` one per element of the line in pack order; and the reverse, summed.
+  // `source` holds a value per channel of the block, `target` one per element of the line in pack order; and the
+  // reverse, summed.
   template <typename T, typename S>
   void spread(const S* source, Acc<T>* target) const {
     for (int64_t j = 0; j < length(); j += channels) {
-      for (int64_t c = 0; c < channels; ++c) target[Pack<T>::position(j + c)] = Acc<T>(source[first + c]);
+      for (int64_t c = 0; c < channels; ++c) target[Pack<T>::position(j + c)] = Acc<T>(source[c]);
     }
   }
   template <typename T>
   void fold(const Acc<T>* source, double* target) const {
-    for (int64_t c = 0; c < channels; ++c) target[first + c] = source[Pack<T>::position(c)];
+    for (int64_t c = 0; c < channels; ++c) target[c] = source[Pack<T>::position(c)];
     for (int64_t j = channels; j < length(); j += channels) {
-      for (int64_t c = 0; c < channels; ++c) target[first + c] += source[Pack<T>::position(j + c)];
+      for (int64_t c = 0; c < channels; ++c) target[c] += source[Pack<T>::position(j + c)];
     }
   }
 };
@@ -91,9 +92,11 @@ void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
         s[0] = s[0] + Pack<T>::load(from[line] + j, lanes);
       });
     });
-    block.fold<T>(center, mean);
-    for (int64_t c = block.first; c < block.first + block.channels; ++c) mean[c] = A(mean[c] * inverse);
-    block.spread<T>(mean, center);
+    double* const block_mean = mean + block.first;
+    double* const block_m2 = m2 + block.first;
+    block.fold<T>(center, block_mean);
+    for (int64_t c = 0; c < block.channels; ++c) block_mean[c] = A(block_mean[c] * inverse);
+    block.spread<T>(block_mean, center);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       const Lines<const T> from = lines_of(x, block, position);
       sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
@@ -103,12 +106,12 @@ void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
       });
     });
     double first[kBlock];
-    block.fold<T>(sums[0], first - block.first);
-    block.fold<T>(sums[1], m2);
+    block.fold<T>(sums[0], first);
+    block.fold<T>(sums[1], block_m2);
     for (int64_t c = 0; c < block.channels; ++c) {
       const double low = first[c] * inverse;
-      mean[block.first + c] += low;
-      m2[block.first + c] -= first[c] * low;
+      block_mean[c] += low;
+      block_m2[c] -= first[c] * low;
     }
   });
 }
@@ -136,7 +139,7 @@ void grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<
   for_blocks(tile, [&](const Block& block) {
     alignas(64) A centers[kBlock] = {};
     alignas(64) A sums[2][kBlock] = {};
-    block.spread<T>(center, centers);
+    block.spread<T>(center + block.first, centers);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       const Lines<const T> from = lines_of(x, block, position), grads = lines_of(dy, block, position);
       sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
@@ -145,8 +148,8 @@ void grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<
         s[1] = fmadd(g, Pack<T>::load(from[line] + j, lanes) - Pack<T>::load_packed(centers + j), s[1]);
       });
     });
-    block.fold<T>(sums[0], sum_dy);
-    block.fold<T>(sums[1], sum_dy_x);
+    block.fold<T>(sums[0], sum_dy + block.first);
+    block.fold<T>(sums[1], sum_dy_x + block.first);
   });
 }
 
@@ -175,7 +178,7 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out
   }
   for_blocks(tile, [&](const Block& block) {
     alignas(64) Acc<T> packed[kArrays][kBlock] = {};
-    for (int k = 0; k < kArrays; ++k) block.spread<T>(arrays[k], packed[k]);
+    for (int k = 0; k < kArrays; ++k) block.spread<T>(arrays[k] + block.first, packed[k]);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       for (int64_t line = 0; line < lines; ++line) {
         for (int i = 0; i < kInputs; ++i) from[i] = lines_of(inputs[i], block, position)[line];

@@ -7,7 +7,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
@@ -25,31 +25,43 @@ struct Tail {
   int64_t count;
 };
 
-// One register's worth of T, held as accumulation type: one vector for float and double, two for 16-bit types. The
-// elements are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (narrow.h).
-// Arrays of coefficients that go with a line of T are kept in this pack order, padded to whole packs.
+// Which elements of a line the lanes of a register's worth of T hold: one vector for float and double, two for 16-bit
+// types. They are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (narrow.h).
 template <typename T>
-struct Pack {
-  using A = Acc<T>;
-  using Vec = at::vec::Vectorized<A>;
-  static constexpr int kParts = sizeof(A) / sizeof(T);
-  static constexpr int64_t kLanes = Vec::size();
+struct PackOrder {
+  static constexpr int kParts = sizeof(Acc<T>) / sizeof(T);
+  static constexpr int64_t kLanes = at::vec::Vectorized<Acc<T>>::size();
   static constexpr int64_t kSize = kParts * kLanes;
   static constexpr bool kSplit = std::is_same_v<T, c10::BFloat16> && kSplitBFloat16;
+
+  // Where element j of a line lies in an array in pack order.
+  static constexpr int64_t position(int64_t j) {
+    return kSplit ? j / kSize * kSize + j % 2 * kLanes + j % kSize / 2 : j;
+  }
+};
+
+// The elements of one pack, in pack order.
+template <typename T>
+constexpr auto kElements = [] {
+  std::array<Acc<T>, PackOrder<T>::kSize> elements{};
+  for (int64_t j = 0; j < PackOrder<T>::kSize; ++j) elements[PackOrder<T>::position(j)] = Acc<T>(j);
+  return elements;
+}();
+
+// One register's worth of T, held as accumulation type. Arrays of coefficients that go with a line of T are kept in
+// pack order, padded to whole packs.
+template <typename T>
+struct Pack : PackOrder<T> {
+  using A = Acc<T>;
+  using Vec = at::vec::Vectorized<A>;
+  using PackOrder<T>::kParts;
+  using PackOrder<T>::kLanes;
 
   Vec part[kParts];
 
   NORMOPS_INLINE Pack() : Pack(A(0)) {}
   NORMOPS_INLINE Pack(A value) {
     for (int i = 0; i < kParts; ++i) part[i] = Vec(value);
-  }
-
-  // Which element of the line is lane `lane` of part `part` of its pack.
-  static constexpr int64_t element(int part, int64_t lane) { return kSplit ? 2 * lane + part : part * kLanes + lane; }
-
-  // Where element j of a line lies in an array in pack order.
-  static constexpr int64_t position(int64_t j) {
-    return kSplit ? j / kSize * kSize + j % 2 * kLanes + j % kSize / 2 : j;
   }
 
   // Elements of the line; those past the tail are zero.
@@ -98,7 +110,7 @@ struct Pack {
   NORMOPS_INLINE Pack masked(Tail tail) const {
     Pack result;
     for (int i = 0; i < kParts; ++i) {
-      const Vec index = Vec::arange(A(element(i, 0)), A(element(i, 1) - element(i, 0)));
+      const Vec index = Vec::loadu(kElements<T>.data() + i * kLanes);
       result.part[i] = Vec::blendv(Vec(A(0)), part[i], index < Vec(A(tail.count)));
     }
     return result;

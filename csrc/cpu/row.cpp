@@ -1,6 +1,7 @@
 // Row engine on the CPU: cuts the rows into blocks and shares them among threads.
 
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,12 +14,13 @@ namespace normops::cpu {
 namespace {
 
 // Each block of rows has its own float sums for dweight and dbias, which are then added up in double. The blocks
-// depend on the shape alone, so the sums come out the same for any number of threads. Rows that no cache holds share
-// their sums more widely: there the sums are memory traffic.
+// depend on the shape alone, so the sums come out the same for any number of threads. A block is work enough for a
+// thread; rows that no cache holds share their sums more widely, as there the sums are memory traffic.
 int64_t rows_per_block(int64_t rows, int64_t length) {
-  constexpr int64_t kBlocks = 64, kMostRows = 256, kLongRow = 64 * 1024;
+  constexpr int64_t kBlocks = 64, kMostRows = 256, kElements = 16 * 1024, kLongRow = 64 * 1024;
   const int64_t even = (rows + kBlocks - 1) / kBlocks;
-  return std::clamp<int64_t>((even + 3) / 4 * 4, length > kLongRow ? 16 : 4, kMostRows);
+  const int64_t fewest = length > kLongRow ? 16 : std::max<int64_t>(4, kElements / std::max<int64_t>(1, length));
+  return std::min((std::max(even, fewest) + 3) / 4 * 4, kMostRows);
 }
 
 template <typename T>
@@ -52,22 +54,20 @@ struct RowParameter {
   const Acc<T>* data() const { return tensor.defined() ? tensor.const_data_ptr<Acc<T>>() : nullptr; }
 };
 
-// Adds up the blocks' sums, in double and in order.
+// Adds up the blocks' sums, in double and in order, into those of the first.
 template <typename T>
-at::Tensor add_blocks(const Acc<T>* partial, int64_t blocks, int64_t stride, at::IntArrayRef shape,
-                      at::TensorOptions options) {
+at::Tensor add_blocks(Acc<T>* sums, int64_t blocks, int64_t stride, at::IntArrayRef shape, at::TensorOptions options) {
   using A = Acc<T>;
-  at::Tensor packed = at::empty({stride}, options);
-  A* const total = packed.mutable_data_ptr<A>();
+  if (blocks == 0) return at::zeros(shape, options);
   parallel(stride, blocks, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      double sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += partial[block * stride + j];
-      total[j] = A(sum);
+      double total = 0;
+      for (int64_t block = 0; block < blocks; ++block) total += sums[block * stride + j];
+      sums[j] = A(total);
     }
   });
-  at::Tensor result = at::empty(shape, options);
-  kernels().of<T>().unpack_parameter(total, result.numel(), result.mutable_data_ptr<A>());
+  at::Tensor result = at::detail::empty_cpu(shape, options);
+  kernels().of<T>().unpack_parameter(sums, result.numel(), result.mutable_data_ptr<A>());
   return result;
 }
 
@@ -75,9 +75,11 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
                   const OptionalTensor& bias, double eps, bool centered) {
   const auto [rows, length] = row_shape(input, normalized_ndim);
   const at::Tensor x = as_rows(input, rows, length);
-  at::Tensor output = at::empty(input.sizes(), input.options());
-  at::Tensor mean = at::empty(row_statistics_shape(input, normalized_ndim), input.options().dtype(at::kDouble));
-  at::Tensor rstd = at::empty_like(mean);
+  // Without the dispatcher: it would take longer than the rows of a small input.
+  const auto shape = row_statistics_shape(input, normalized_ndim);
+  at::Tensor output = at::detail::empty_cpu(input.sizes(), input.options());
+  at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
+  at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm", [&] {
     const RowParameter<scalar_t> w(weight, input, length, "weight"), b(bias, input, length, "bias");
     const RowForward<scalar_t> args{length,
@@ -107,7 +109,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const at::Tensor means = as_parameter(mean, input, rows, at::kDouble, "mean");
   const at::Tensor rstds = as_parameter(rstd, input, rows, at::kDouble, "rstd");
   at::Tensor dx, dweight, dbias;
-  if (output_mask[0]) dx = at::empty(input.sizes(), input.options());
+  if (output_mask[0]) dx = at::detail::empty_cpu(input.sizes(), input.options());
   const bool params = output_mask[1] || output_mask[2];
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm_backward", [&] {
     using A = Acc<scalar_t>;
@@ -116,7 +118,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     const int64_t block = rows_per_block(rows, length);
     const int64_t blocks = (rows + block - 1) / block;
     at::Tensor partial;
-    if (params) partial = at::empty({2, blocks, stride}, input.options().dtype(acc_type(input)));
+    if (params) partial = at::detail::empty_cpu({2, blocks, stride}, input.options().dtype(acc_type(input)));
     A* const sums = params ? partial.mutable_data_ptr<A>() : nullptr;
     const auto run = kernels().of<scalar_t>().row_backward;
     parallel(blocks, block * length, [&](int64_t begin, int64_t end) {

@@ -20,7 +20,7 @@ ENVIRONMENT :=
 else
 RUN := $(VENV)/bin/python
 CLANG_FORMAT := $(VENV)/bin/clang-format
-ENVIRONMENT := $(VENV)/.ready
+ENVIRONMENT := $(VENV)/.ready-$(notdir $(PYTHON))-$(subst =,,$(TORCH))
 endif
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -37,12 +37,14 @@ test: build
 build: $(ENVIRONMENT)
 	$(RUN) setup.py --quiet build_ext --inplace
 
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+ifneq ($(ENVIRONMENT),)
+$(ENVIRONMENT): pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet --group build --group test --group bench --group lint
 	touch $@
+endif
 
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
@@ -54,10 +56,11 @@ format: $(ENVIRONMENT)
 	$(RUN) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP)
 
-# Installs as a user would, out of reach of the source tree, and asks the installed package what it is.
+# Installs as a user would, from a source archive and out of reach of the source tree, and asks the package what it is.
 package: $(ENVIRONMENT)
-	rm -rf build/installed
-	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --target build/installed .
+	rm -rf build/dist build/installed
+	$(RUN) -c "from setuptools.build_meta import build_sdist; build_sdist('build/dist')"
+	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --target build/installed build/dist/*.tar.gz
 	cd build/installed && PYTHONPATH=. $(abspath $(RUN)) -m normops
 
 clean:

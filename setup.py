@@ -55,17 +55,16 @@ class Build(BuildExtension):
         super().build_extension(ext)
 
 
-def sources():
-    everything = (str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp")))
-    return [path for path in everything if path not in KERNELS]
+def csrc(pattern):
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
 
 
 setup(
     ext_modules=[
         CppExtension(
             NAME,
-            sources(),
-            depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.*"))],
+            [path for path in csrc("*.cpp") if path not in KERNELS],
+            depends=csrc("*.*"),
             define_macros=[
                 ("NORMOPS_VERSION", f'"{VERSION}"'),
                 ("NORMOPS_INSTRUCTION_SETS", f'"{" ".join(INSTRUCTION_SETS)}"'),

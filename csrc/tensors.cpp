@@ -13,16 +13,16 @@ constexpr int64_t kContiguousSegment = 32 * 1024;
 
 // The strides of t as (N, C, S), if one stride steps through all of S.
 std::optional<Strides> strides_of(const at::Tensor& t) {
-  int64_t step = 0, extent = 1;
+  if (t.numel() == 0) return Strides{};
+  std::optional<int64_t> step;  // zero is a step too: that of an expanded dimension
+  int64_t extent = 1;
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
     if (t.size(d) == 1) continue;
-    if (step == 0)
-      step = t.stride(d);
-    else if (t.stride(d) != step * extent)
-      return std::nullopt;
+    if (!step) step = t.stride(d);
+    if (t.stride(d) != *step * extent) return std::nullopt;
     extent *= t.size(d);
   }
-  return Strides{t.stride(0), t.stride(1), step};
+  return Strides{t.stride(0), t.stride(1), step.value_or(0)};
 }
 
 int64_t positions_of(const at::Tensor& t) {
@@ -32,6 +32,7 @@ int64_t positions_of(const at::Tensor& t) {
 }
 
 bool fits(const Strides& s, const Geometry& g) {
+  if (g.elements() == 0) return true;
   if (g.layout == Layout::kContiguous) {
     const bool grouped = !g.over_batch && g.num_groups < g.channels;
     return (s.position == 1 || g.positions == 1) && (s.channel == g.positions || !grouped);
@@ -46,8 +47,10 @@ bool fits(const Strides& s, const Geometry& g) {
 at::Tensor as_parameter(const OptionalTensor& tensor, const at::Tensor& input, int64_t numel, at::ScalarType dtype,
                         const char* name) {
   if (!defined(tensor)) return {};
-  TORCH_CHECK(tensor->numel() == numel && tensor->device() == input.device(), "normops: expected ", name, " with ",
-              numel, " elements on ", input.device(), ", got ", tensor->numel(), " on ", tensor->device());
+  TORCH_CHECK(
+      tensor->numel() == numel && tensor->device() == input.device() && at::isFloatingType(tensor->scalar_type()),
+      "normops: expected ", name, " with ", numel, " floating elements on ", input.device(), ", got ", tensor->numel(),
+      " of ", tensor->scalar_type(), " on ", tensor->device());
   // Asked first: even a conversion that does nothing is a trip through the dispatcher.
   return tensor->scalar_type() == dtype && tensor->is_contiguous() ? *tensor : tensor->to(dtype).contiguous();
 }

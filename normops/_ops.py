@@ -2,14 +2,24 @@
 
 import torch
 
-try:
-    from normops import _C
-except ImportError as error:
-    raise ImportError(
-        f"normops could not load its compiled library ({error}). It has to be built for the installed torch "
-        f"({torch.__version__}): run pip install --no-build-isolation . in the source tree."
-    ) from error
 
+def _load():
+    how = (
+        f"It has to be built for the installed torch ({torch.__version__}): run pip install --no-build-isolation . "
+        "in the source tree."
+    )
+    try:
+        from normops import _C
+    except ImportError as error:
+        raise ImportError(f"normops could not load its compiled library ({error}). {how}") from error
+    built_for = _C.build_info()["torch"]
+    # Torch promises no binary interface across minor versions, and a mismatch need not show when it is loaded.
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        raise ImportError(f"normops was compiled for torch {built_for}. {how}")
+    return _C
+
+
+_C = _load()
 BUILD_INFO = _C.build_info()
 
 

@@ -10,8 +10,8 @@ and differ in the elements over which ``mean`` and ``var`` (biased) are taken.
 ``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
 be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in
 float32 (float64 for float64), and statistics are merged in float64. Contiguous and channels_last inputs are read as
-they lie, slices of them too; inputs with other strides are copied first. Each function can be differentiated any number
-of times, forward and backward, and works under ``torch.func`` and ``torch.compile``.
+they lie, and so are most slices of them; inputs with other strides are copied first. Each function can be
+differentiated any number of times, forward and backward, and works under ``torch.func`` and ``torch.compile``.
 
 Errors are of the types that torch raises: ``NotImplementedError`` for an input that is not floating or not strided,
 ``ValueError`` for too few values per statistic or an impossible eps, and ``RuntimeError`` for shapes, parameters and
@@ -129,7 +129,7 @@ def group_norm(
         eps: added to the variance.
 
     Raises:
-        ValueError: one value per group.
+        ValueError: a single sample with one value per group.
         RuntimeError: ``num_groups`` does not divide the channels; a parameter of the wrong shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """

@@ -35,6 +35,7 @@ LAYOUTS = {
     "expanded samples": lambda x: x[:1].expand_as(x),
     "expanded channels": lambda x: x[:, :1].expand_as(x),
     "expanded positions": lambda x: x[..., :1].expand_as(x),
+    "expanded column": lambda x: x[..., :1].contiguous().expand_as(x),
 }
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,7 @@
 """The gradients are those of the reference, and come for what asks for one."""
 
+import itertools
+
 import pytest
 import torch
 from cases import each_case, each_with_absent_parameters, each_with_leaves
@@ -84,3 +86,20 @@ def test_backward_does_not_read_the_running_stats_again():
     var.fill_(100)
     output.backward(torch.ones_like(output))
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("length", [5, 1000])
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_masks(mask, length, device):
+    """The backward operators compute what is asked for, and nothing where nothing is."""
+    ops = torch.ops.normops
+    x, dy = torch.randn(2, 4, 6, length, device=device)
+    weight = torch.randn(length, device=device)
+    _, mean, rstd = ops._row_norm(x, 1, weight, None, 1e-5, True)
+    everything = ops._row_norm_backward(dy, x, 1, mean, rstd, weight, 1e-5, True, [True] * 3)
+    rows = ops._row_norm_backward(dy, x, 1, mean, rstd, weight, 1e-5, True, mask)
+    _, mean, var = ops._channel_norm(x, None, None, None, None, 2, False, 1e-5)
+    everything += ops._channel_norm_backward(dy, x, mean, var, None, 2, False, 1e-5, True, [True] * 3)
+    channels = ops._channel_norm_backward(dy, x, mean, var, None, 2, False, 1e-5, True, mask)
+    for wanted, result, expected in zip(2 * mask, rows + channels, everything, strict=True):
+        assert torch.equal(result, expected) if wanted else result is None

@@ -16,6 +16,7 @@ GRAD_LAYOUTS = {
     "scalar expanded": lambda g: g.new_tensor(0.7).expand_as(g),
     "rows expanded": lambda g: g[:1, :1].expand_as(g),
     "positions expanded": lambda g: g[..., :1, :1].expand_as(g),
+    "column expanded": lambda g: g[..., :1].contiguous().expand_as(g),
 }
 
 

@@ -199,15 +199,13 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
   return channel_norm(input, weight, bias, std::nullopt, std::nullopt, num_groups, /*over_batch=*/false, eps).output;
 }
 
-// Written through the kernels, so the tensors' versions have to be told.
+// Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                           const at::Tensor& var, double momentum, c10::SymInt count) {
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    ops::update_running_stats(running_mean, running_var, mean, var, momentum, std::move(count));
-  }
   torch::autograd::impl::bump_version(running_mean);
   torch::autograd::impl::bump_version(running_var);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  ops::update_running_stats(running_mean, running_var, mean, var, momentum, std::move(count));
 }
 
 // running = (1 - momentum) * running + momentum * statistic, with the unbiased variance, averaged over samples if

@@ -24,6 +24,7 @@ class Normalized {
       rstd = (parameter(layer.var) + layer.eps).rsqrt();
     } else {
       xhat = layer.centered ? x - mean(x) : x;
+      if (layer.centered) xhat = xhat - mean(xhat);  // what rounding lost of the first mean
       rstd = (mean(xhat * xhat) + layer.eps).rsqrt();
     }
     xhat = xhat * rstd;
@@ -124,7 +125,7 @@ std::pair<at::Tensor, at::Tensor> compose_channel_statistics(const at::Tensor& i
   for (int64_t d = 0; d < input.dim(); ++d) {
     if (d > 1 || (d == 0 && over_batch)) dims.push_back(d);
   }
-  const at::Tensor x = input.to(acc_type(input));
+  const at::Tensor x = input.to(at::kDouble);
   return {x.mean(dims), x.var(dims, /*unbiased=*/false)};
 }
 

@@ -251,8 +251,8 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
       const Lines<const T> from = dy.lines(g, k, r.first_channel);
       const Lines<T> to = dx.lines(g, k, r.first_channel);
       if (given) {
-        kernel.apply(tile, from, to,
-                     {slope + at, scale + at, shift + at});  // slope and shift are zero: dx = scale * dy
+        const A* const zeros = slope + at;
+        kernel.apply(tile, from, to, {zeros, scale + at, zeros});
       } else {
         kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
                           {center + at, scale + at, slope + at, shift + at});
@@ -337,28 +337,32 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   return {dx, dweight, dbias};
 }
 
-// running = (1 - momentum) * running + momentum * statistic, with the unbiased variance; statistics per sample are
-// averaged first.
+// running = (1 - momentum) * running + momentum * statistic, with the unbiased variance of `count` values; statistics
+// per sample are averaged first.
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                           const at::Tensor& var, double momentum, int64_t count) {
+  TORCH_CHECK(running_mean.dim() == 1 && running_mean.sizes() == running_var.sizes() && mean.sizes() == var.sizes() &&
+                  mean.dim() >= 1 && mean.dim() <= 2 && mean.size(-1) == running_mean.size(0),
+              "normops: expected running statistics of shape (C) and statistics of shape (C) or (N, C), got ",
+              running_mean.sizes(), ", ", running_var.sizes(), ", ", mean.sizes(), " and ", var.sizes());
+  const int64_t channels = running_mean.size(0), rows = mean.dim() == 2 ? mean.size(0) : 1;
+  TORCH_CHECK(count > 1 && rows > 0, "normops: expected more than 1 value per channel, got ", count, " in ", rows,
+              " samples");
   const auto move = [&](const at::Tensor& running, const at::Tensor& statistic, double correction, const char* name) {
-    const int64_t channels = running.numel();
-    const int64_t rows = statistic.dim() == 2 ? statistic.size(0) : 1;
     const at::Tensor values = as_parameter(statistic, running, rows * channels, at::kDouble, name);
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, running.scalar_type(), "normops::_update_running_stats", [&] {
           scalar_t* const data = running.mutable_data_ptr<scalar_t>();
-          const int64_t stride = running.dim() > 0 ? running.stride(0) : 1;
+          const int64_t stride = running.stride(0);
           const double* const value = values.const_data_ptr<double>();
           for (int64_t c = 0; c < channels; ++c) {
             double sum = 0;
             for (int64_t row = 0; row < rows; ++row) sum += value[row * channels + c];
-            data[c * stride] =
-                scalar_t((1 - momentum) * double(data[c * stride]) + momentum * correction * (sum / rows));
+            scalar_t& target = data[c * stride];
+            target = scalar_t((1 - momentum) * double(target) + momentum * correction * (sum / rows));
           }
         });
   };
-  TORCH_CHECK(running_mean.dim() == 1 && running_var.dim() == 1, "normops: expected running statistics of shape (C)");
   move(running_mean, mean, 1, "mean");
   move(running_var, var, double(count) / double(count - 1), "var");
 }

@@ -111,6 +111,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   at::Tensor dx, dweight, dbias;
   if (output_mask[0]) dx = at::detail::empty_cpu(input.sizes(), input.options());
   const bool params = output_mask[1] || output_mask[2];
+  if (!params && !output_mask[0]) return {};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm_backward", [&] {
     using A = Acc<scalar_t>;
     const RowParameter<scalar_t> w(weight, input, length, "weight");

@@ -5,9 +5,9 @@
 namespace normops {
 namespace {
 
-// Segments of a channels_last input fill a first-level cache, within limits that keep float sums exact enough and the
-// cost of merging small; a channel's positions are split only when they are very many.
-constexpr int64_t kSegmentBytes = 64 * 1024;
+// Segments of a channels_last input stay in the second-level cache, within limits that keep float sums exact enough and
+// the cost of merging small; a channel's positions are split only when they are very many.
+constexpr int64_t kSegmentBytes = 128 * 1024;
 constexpr int64_t kFewestLines = 32, kMostLines = 256;
 constexpr int64_t kContiguousSegment = 32 * 1024;
 

@@ -48,6 +48,7 @@ struct Geometry {
   // Statistics and coefficients have one row for the batch, or one per sample.
   int64_t rows() const { return over_batch ? 1 : samples; }
   int64_t row_of(int64_t sample) const { return over_batch ? 0 : sample; }
+  int64_t segments_per_row() const { return samples_per_row() * segments_per_sample(); }
   int64_t samples_per_row() const { return over_batch ? samples : 1; }
   int64_t elements_per_group() const { return samples_per_row() * positions * group_size(); }
   int64_t elements() const { return samples * channels * positions; }

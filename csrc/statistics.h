@@ -20,4 +20,25 @@ struct MomentsMerge {
   }
 };
 
+// A mean as the nearest A and the rest. For data of type A, deviations from the nearest are exact or nearly so.
+template <typename A>
+struct SplitMean {
+  A center = 0;
+  double low = 0;
+
+  SplitMean() = default;
+  explicit SplitMean(double mean) : center(A(mean)), low(mean - center) {}
+};
+
+// The derivative of xhat, with g = dy * weight and means over the elements that share a statistic:
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
+// written as dx = rstd * g + slope * (x - center) + shift. RMSNorm has no mean to subtract (centered = false).
+struct InputGradient {
+  double slope;
+  double shift;
+
+  InputGradient(double rstd, double low, double mean_g, double mean_g_xhat, bool centered)
+      : slope(-rstd * rstd * mean_g_xhat), shift((centered ? -rstd * mean_g : 0.0) - slope * low) {}
+};
+
 }  // namespace normops

@@ -57,12 +57,20 @@ void for_regions(const Geometry& g, int64_t segments, int64_t channels, const F&
   });
 }
 
+// f(segment, tile) for every segment of a region.
+template <typename F>
+void for_tiles(const Geometry& g, const Region& r, const F& f) {
+  for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
+    f(k, Tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)});
+  }
+}
+
 // Runs the three stages. Where the data of whole groups fits in cache and there are enough of them for all threads,
 // a thread takes a group through all stages while it is there: one pass over memory. Otherwise every stage is shared
 // among all threads in turn. Both ways do the same arithmetic in the same order.
 template <typename Reduce, typename Merge, typename Apply>
 void run_stages(const Geometry& g, int64_t element_size, const Reduce& reduce, const Merge& merge, const Apply& apply) {
-  const int64_t row_segments = g.samples_per_row() * g.segments_per_sample();
+  const int64_t row_segments = g.segments_per_row();
   int64_t channels = g.channels;
   if (g.layout == Layout::kContiguous) {
     const int64_t wanted = kRunBytes / std::max<int64_t>(1, g.positions * element_size);
@@ -104,14 +112,6 @@ struct Parameter {
   double operator[](int64_t channel) const { return data ? data[channel] : absent; }
 };
 
-// A mean as the nearest A and the rest. For inputs of type A, deviations from the nearest are exact or nearly so.
-template <typename A>
-struct SplitMean {
-  A center;
-  double low;
-  explicit SplitMean(double mean) : center(A(mean)), low(mean - center) {}
-};
-
 // Joins, in place and in order, the moments of all segments of a row into those of its first.
 void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t last, double* mean, double* m2) {
   double count = g.segment_count(first);
@@ -128,7 +128,7 @@ template <typename T>
 void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<T>> weight, Parameter<Acc<T>> bias,
              double eps, bool given, double* stat_mean, double* stat_var) {
   using A = Acc<T>;
-  const int64_t C = g.channels, row_segments = g.samples_per_row() * g.segments_per_sample();
+  const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
   const Scratch<double> mean(given ? 0 : g.segments() * C), m2(given ? 0 : g.segments() * C);
   const Scratch<A> center(g.rows() * C), scale(g.rows() * C), shift(g.rows() * C);
@@ -139,18 +139,20 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
   const int64_t join = joined ? g.group_size() : 1;
 
   const auto reduce = [&](const Region& r) {
-    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
-      const Tile tile{g.layout, (r.last_channel - r.first_channel) / join, g.segment_count(k) * join};
-      const int64_t at = k * C + r.first_channel / join;
+    if (given) return;
+    for_tiles(g, r, [&](int64_t k, Tile tile) {
+      tile.channels /= join;
+      tile.positions *= join;
       Lines<const T> lines = x.lines(g, k, r.first_channel);
       lines.stride *= join;
+      const int64_t at = k * C + r.first_channel / join;
       kernel.moments(tile, lines, mean + at, m2 + at);
-    }
+    });
   };
   const auto merge = [&](const Region& r) {
     for (int64_t first = r.first_segment; first < r.last_segment; first += row_segments) {
       const int64_t row = first / row_segments;
-      if (!given) merge_segments(g, r, first, first + row_segments, mean + 0, m2 + 0);
+      if (!given) merge_segments(g, r, first, first + row_segments, mean.data.get(), m2.data.get());
       for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
         const int64_t group = row * g.num_groups + c / g.group_size(), at = first * C + c / join;
         if (!given) {
@@ -174,26 +176,22 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
     }
   };
   const auto apply = [&](const Region& r) {
-    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
-      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
+    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       kernel.apply(tile, x.lines(g, k, r.first_channel), y.lines(g, k, r.first_channel),
                    {center + at, scale + at, shift + at});
-    }
+    });
   };
-  if (given)
-    run_stages(g, sizeof(T), [](const Region&) {}, merge, apply);
-  else
-    run_stages(g, sizeof(T), reduce, merge, apply);
+  run_stages(g, sizeof(T), reduce, merge, apply);
 }
 
-// dx = w*rstd*dy - rstd^3 * G2/n * (x - mean) - rstd * G1/n, where G1 and G2 are the sums over the group of w*dy and
-// w*dy*(x - mean); the last two terms are absent where the statistics are constants (evaluation).
+// dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
+// statistics are constants (evaluation).
 template <typename T>
 void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<Acc<T>> weight,
               const double* stat_mean, const double* stat_var, double eps, bool given, Acc<T>* dweight, Acc<T>* dbias) {
   using A = Acc<T>;
-  const int64_t C = g.channels, row_segments = g.samples_per_row() * g.segments_per_sample();
+  const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
   const bool sums_needed = dweight || dbias || !given;
   const Scratch<double> sum_dy(sums_needed ? g.segments() * C : 0), sum_dy_x(sums_needed ? g.segments() * C : 0);
@@ -204,12 +202,11 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
 
   const auto reduce = [&](const Region& r) {
     if (!sums_needed) return;
-    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
-      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
+    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
       const int64_t at = k * C + r.first_channel;
       kernel.grad_sums(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
                        center + (g.row_of(g.sample_of(k)) * C + r.first_channel), sum_dy + at, sum_dy_x + at);
-    }
+    });
   };
   // Leaves in the first segment of each row: sum dy, and sum dy * (x - mean) * rstd.
   const auto merge = [&](const Region& r) {
@@ -233,20 +230,18 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
           group_dy_xhat += dy_xhat * weight[i];
         }
         const double n = g.elements_per_group();
-        const double group_slope = given ? 0.0 : -rstd * rstd * group_dy_xhat / n;
-        const double group_shift = given ? 0.0 : -rstd * group_dy / n - group_slope * split.low;
+        const InputGradient gradient(rstd, split.low, group_dy / n, group_dy_xhat / n, /*centered=*/true);
         for (int64_t i = c; i < c + g.group_size(); ++i) {
           scale[row * C + i] = A(rstd * weight[i]);
-          slope[row * C + i] = A(group_slope);
-          shift[row * C + i] = A(group_shift);
+          slope[row * C + i] = given ? A(0) : A(gradient.slope);
+          shift[row * C + i] = given ? A(0) : A(gradient.shift);
         }
       }
     }
   };
   const auto apply = [&](const Region& r) {
     if (dx.data == nullptr) return;
-    for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
-      const Tile tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)};
+    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       const Lines<const T> from = dy.lines(g, k, r.first_channel);
       const Lines<T> to = dx.lines(g, k, r.first_channel);
@@ -257,7 +252,7 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
         kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
                           {center + at, scale + at, slope + at, shift + at});
       }
-    }
+    });
   };
   run_stages(g, 2 * sizeof(T), reduce, merge, apply);
 

@@ -32,9 +32,9 @@ void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
     const double rstd = 1 / std::sqrt(m2 * inverse + a.eps);
     a.mean[row] = mean;
     a.rstd[row] = rstd;
-    const A center = A(mean);
-    const Pack<T> scale = A(rstd);
-    const Pack<T> shift = A((center - mean) * rstd);
+    const SplitMean<A> split(mean);
+    const A center = split.center;
+    const Pack<T> scale = A(rstd), shift = A(-split.low * rstd);
     sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
       if constexpr (kWeight && kBias) {
@@ -73,24 +73,26 @@ void short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, written as
-// dx = rstd * g + slope * (x - center) + shift; and xhat = (x - center) * rstd + low.
+// dx = rstd * g + slope * (x - center) + shift (statistics.h), and xhat = (x - center) * rstd + low.
 template <typename T>
 struct RowCoefficients {
   Acc<T> center, rstd, low, slope = 0, shift = 0;
   double mean_low, exact_rstd;
 
   RowCoefficients() = default;
-  RowCoefficients(double mean, double rstd)
-      : center(Acc<T>(mean)), rstd(Acc<T>(rstd)), mean_low(mean - center), exact_rstd(rstd) {
+  RowCoefficients(double mean, double rstd) : rstd(Acc<T>(rstd)), exact_rstd(rstd) {
+    const SplitMean<Acc<T>> split(mean);
+    center = split.center;
+    mean_low = split.low;
     low = Acc<T>(-mean_low * rstd);
   }
 
   // From the sums over the row of g and g * (x - center).
   void set_sums(double sum_g, double sum_g_x, double inverse, bool centered) {
-    const double along_x = -exact_rstd * exact_rstd * exact_rstd * (sum_g_x - mean_low * sum_g) * inverse;
-    slope = Acc<T>(along_x);
-    shift = Acc<T>((centered ? -exact_rstd * sum_g * inverse : 0.0) - along_x * mean_low);
+    const double sum_g_xhat = (sum_g_x - mean_low * sum_g) * exact_rstd;
+    const InputGradient gradient(exact_rstd, mean_low, sum_g * inverse, sum_g_xhat * inverse, centered);
+    slope = Acc<T>(gradient.slope);
+    shift = Acc<T>(gradient.shift);
   }
 };
 

@@ -10,6 +10,8 @@ namespace {
 constexpr int64_t kSegmentBytes = 128 * 1024;
 constexpr int64_t kFewestLines = 32, kMostLines = 256;
 constexpr int64_t kContiguousSegment = 32 * 1024;
+// Planes are seen as wide channels where there are so many samples.
+constexpr int64_t kFewestSamples = 8;
 
 // The strides of t as (N, C, S), if one stride steps through all of S.
 std::optional<Strides> strides_of(const at::Tensor& t) {
@@ -88,6 +90,7 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
   g.samples = input.size(0);
   g.channels = input.size(1);
   g.positions = positions_of(input);
+  g.width = 1;
   g.num_groups = num_groups;
   g.over_batch = over_batch;
   TORCH_CHECK(num_groups > 0 ? g.channels % num_groups == 0 : g.channels == 0,
@@ -121,9 +124,23 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
     g.positions *= g.samples;
     g.samples = 1;
   }
+  // So are small contiguous planes, whose channels are then as wide as a plane.
+  const bool small_planes = g.layout == Layout::kContiguous && over_batch && g.samples >= kFewestSamples &&
+                            g.positions > 1 && g.positions <= kWidest &&
+                            std::all_of(strides.begin(), strides.end(),
+                                        [&](const Strides& s) { return s.position == 1 && s.channel == g.positions; });
+  if (small_planes) {
+    g.layout = Layout::kChannelsLast;
+    std::swap(g.width, g.positions);
+    std::swap(g.samples, g.positions);
+    for (Strides& s : strides) s.position = s.sample;
+  }
   const int64_t line_bytes = std::max<int64_t>(1, g.channels * input.element_size());
-  g.segment_length = g.layout == Layout::kContiguous ? kContiguousSegment
-                                                     : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines);
+  const int64_t positions_per_line = std::max<int64_t>(1, kJoined / std::max<int64_t>(1, g.channels));
+  g.segment_length =
+      g.layout == Layout::kContiguous ? kContiguousSegment
+      : small_planes                  ? kMostLines
+                     : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
   return {g, strides};
 }
 

@@ -18,8 +18,8 @@ namespace {
 
 // A contiguous input is walked in blocks of channels, long enough that memory is read in runs of this size.
 constexpr int64_t kRunBytes = 4 * 1024;
-// A region of the input that is still in cache when the third stage comes back to it.
-constexpr int64_t kCacheBytes = 1024 * 1024;
+// What a thread takes at a time where no group has to be kept together.
+constexpr int64_t kBatchBytes = 64 * 1024;
 // Channels merged by one thread at a time.
 constexpr int64_t kMergeChannels = 64;
 
@@ -39,19 +39,29 @@ struct Operand {
                 channel * strides.channel,
             g.layout == Layout::kContiguous ? strides.channel : strides.position};
   }
+
+  // Asks for the beginning of a segment: the processor sees a run of memory coming only once it is under way.
+  void prefetch(const Geometry& g, int64_t segment, int64_t channel) const {
+    constexpr int64_t kLines = 8, kLineElements = 64 / sizeof(T);
+    const T* const begin = lines(g, segment, channel).data;
+    for (int64_t i = 0; i < kLines; ++i) __builtin_prefetch(begin + i * kLineElements);
+  }
 };
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+enum class Order { kForwards, kBackwards };
+
 // f(region) for regions of `segments` by `channels`, shared among threads.
 template <typename F>
-void for_regions(const Geometry& g, int64_t segments, int64_t channels, const F& f) {
+void for_regions(const Geometry& g, int64_t segments, int64_t channels, Order order, const F& f) {
   const int64_t across = (g.channels + channels - 1) / channels;
   const int64_t down = (g.segments() + segments - 1) / segments;
   const int64_t elements = g.elements() / std::max<int64_t>(1, across * down);
   parallel(across * down, elements, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t segment = i / across * segments, channel = i % across * channels;
+      const int64_t at = order == Order::kForwards ? i : begin + end - 1 - i;
+      const int64_t segment = at / across * segments, channel = at % across * channels;
       f(Region{segment, std::min(segment + segments, g.segments()), channel, std::min(channel + channels, g.channels)});
     }
   });
@@ -59,38 +69,69 @@ void for_regions(const Geometry& g, int64_t segments, int64_t channels, const F&
 
 // f(segment, tile) for every segment of a region.
 template <typename F>
-void for_tiles(const Geometry& g, const Region& r, const F& f) {
-  for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
-    f(k, Tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)});
+void for_tiles(const Geometry& g, const Region& r, Order order, const F& f) {
+  for (int64_t i = r.first_segment; i < r.last_segment; ++i) {
+    const int64_t k = order == Order::kForwards ? i : r.first_segment + r.last_segment - 1 - i;
+    f(k, Tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k), g.width});
   }
 }
 
-// Runs the three stages. Where the data of whole groups fits in cache and there are enough of them for all threads,
-// a thread takes a group through all stages while it is there: one pass over memory. Otherwise every stage is shared
-// among all threads in turn. Both ways do the same arithmetic in the same order.
-template <typename Reduce, typename Merge, typename Apply>
-void run_stages(const Geometry& g, int64_t element_size, const Reduce& reduce, const Merge& merge, const Apply& apply) {
+// f(row, group, channel) for every group of a region: its row, its statistic, its first channel.
+template <typename F>
+void for_groups(const Geometry& g, const Region& r, const F& f) {
   const int64_t row_segments = g.segments_per_row();
-  int64_t channels = g.channels;
-  if (g.layout == Layout::kContiguous) {
-    const int64_t wanted = kRunBytes / std::max<int64_t>(1, g.positions * element_size);
-    channels = std::min(g.channels, round_up(std::max<int64_t>(1, wanted), g.group_size()));
+  for (int64_t row = r.first_segment / row_segments; row * row_segments < r.last_segment; ++row) {
+    for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
+      f(row, row * g.num_groups + c / g.group_size(), c);
+    }
   }
-  const int64_t region_bytes = g.samples_per_row() * g.positions * channels * element_size;
+}
+
+// Runs the stages: reduce, merge and coefficients for a group, and then apply, which begins where reduce ended, as that
+// is still in cache. A thread takes a group through all stages if there are enough of them for all threads. Otherwise
+// every stage is shared among all threads in turn. With statistics given there is no order to keep: memory is read once,
+// and the sums of the backward pass are merged at the end. All ways do the same arithmetic.
+template <typename Reduce, typename Merge, typename Coefficients, typename Apply>
+void run_stages(const Geometry& g, int64_t element_size, bool given, const Reduce& reduce, const Merge& merge,
+                const Coefficients& coefficients, const Apply& apply) {
+  const int64_t row_segments = g.segments_per_row();
+  const auto channels_of = [&](int64_t bytes, int64_t bytes_per_channel) {
+    const int64_t wanted = bytes / std::max<int64_t>(1, bytes_per_channel);
+    return std::min(g.channels, round_up(std::max<int64_t>(1, wanted), g.group_size()));
+  };
+  const int64_t few_channels = channels_of(kMergeChannels, 1);
+  if (given) {
+    const bool lines = g.layout == Layout::kChannelsLast;
+    const int64_t positions = std::min(g.positions, g.segment_length);
+    const int64_t channels = lines ? g.channels : channels_of(kBatchBytes, positions * element_size);
+    for_regions(g, row_segments, few_channels, Order::kForwards, coefficients);
+    for_regions(g, 1, channels, Order::kForwards, [&](const Region& r) {
+      reduce(r);
+      apply(r);
+    });
+    for_regions(g, row_segments, few_channels, Order::kForwards, merge);
+    return;
+  }
+  // A run of memory that belongs to one channel: a position's, in channels_last only where it is wide.
+  const int64_t run = g.layout == Layout::kContiguous ? g.positions : g.width;
+  const int64_t channels = run > 1 ? channels_of(kRunBytes, run * element_size) : g.channels;
   const int64_t regions = g.rows() * ((g.channels + channels - 1) / channels);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + g.elements() / kElementsPerThread);
-  const bool balanced = regions % threads == 0 || regions >= 4 * threads;
-  if (threads == 1 || (balanced && region_bytes <= kCacheBytes)) {
-    for_regions(g, row_segments, channels, [&](const Region& r) {
+  if (regions % threads == 0 || regions >= 4 * threads) {
+    for_regions(g, row_segments, channels, Order::kForwards, [&](const Region& r) {
       reduce(r);
       merge(r);
+      coefficients(r);
       apply(r);
     });
     return;
   }
-  for_regions(g, 1, channels, reduce);
-  for_regions(g, row_segments, std::min(g.channels, round_up(kMergeChannels, g.group_size())), merge);
-  for_regions(g, 1, channels, apply);
+  for_regions(g, 1, channels, Order::kForwards, reduce);
+  for_regions(g, row_segments, few_channels, Order::kForwards, [&](const Region& r) {
+    merge(r);
+    coefficients(r);
+  });
+  for_regions(g, 1, channels, Order::kBackwards, apply);
 }
 
 template <typename A>
@@ -114,10 +155,11 @@ struct Parameter {
 
 // Joins, in place and in order, the moments of all segments of a row into those of its first.
 void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t last, double* mean, double* m2) {
-  double count = g.segment_count(first);
+  const auto elements = [&](int64_t segment) { return double(g.segment_count(segment) * g.width); };  // of a channel
+  double count = elements(first);
   for (int64_t k = first + 1; k < last; ++k) {
-    const MomentsMerge merge(count, g.segment_count(k));
-    count += g.segment_count(k);
+    const MomentsMerge merge(count, elements(k));
+    count += elements(k);
     for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
       merge(mean[first * g.channels + c], m2[first * g.channels + c], mean[k * g.channels + c], m2[k * g.channels + c]);
     }
@@ -140,7 +182,8 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
 
   const auto reduce = [&](const Region& r) {
     if (given) return;
-    for_tiles(g, r, [&](int64_t k, Tile tile) {
+    for_tiles(g, r, Order::kForwards, [&](int64_t k, Tile tile) {
+      if (k + 1 < r.last_segment) x.prefetch(g, k + 1, r.first_channel);
       tile.channels /= join;
       tile.positions *= join;
       Lines<const T> lines = x.lines(g, k, r.first_channel);
@@ -150,39 +193,42 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
     });
   };
   const auto merge = [&](const Region& r) {
+    if (given) return;
     for (int64_t first = r.first_segment; first < r.last_segment; first += row_segments) {
-      const int64_t row = first / row_segments;
-      if (!given) merge_segments(g, r, first, first + row_segments, mean.data.get(), m2.data.get());
-      for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
-        const int64_t group = row * g.num_groups + c / g.group_size(), at = first * C + c / join;
-        if (!given) {
-          const double count = double(g.samples_per_row() * g.positions);  // of each channel
-          double group_mean = mean[at], group_m2 = m2[at];
-          for (int64_t i = 1; i < g.group_size() / join; ++i) {
-            MomentsMerge(i * count, count)(group_mean, group_m2, mean[at + i], m2[at + i]);
-          }
-          stat_mean[group] = group_mean;
-          stat_var[group] = group_m2 / g.elements_per_group();
-        }
-        const SplitMean<A> split(stat_mean[group]);
-        const double rstd = 1 / std::sqrt(stat_var[group] + eps);
-        for (int64_t i = c; i < c + g.group_size(); ++i) {
-          const double factor = rstd * weight[i];
-          center[row * C + i] = split.center;
-          scale[row * C + i] = A(factor);
-          shift[row * C + i] = A(bias[i] - split.low * factor);
-        }
-      }
+      merge_segments(g, r, first, first + row_segments, mean.data.get(), m2.data.get());
     }
+    const int64_t elements = g.elements_per_group();
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const int64_t at = row * row_segments * C + c / join;
+      const double count = double(elements / g.group_size());  // of each channel
+      double group_mean = mean[at], group_m2 = m2[at];
+      for (int64_t i = 1; i < g.group_size() / join; ++i) {
+        MomentsMerge(i * count, count)(group_mean, group_m2, mean[at + i], m2[at + i]);
+      }
+      stat_mean[group] = group_mean;
+      stat_var[group] = group_m2 / elements;
+    });
+  };
+  const auto coefficients = [&](const Region& r) {
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const SplitMean<A> split(stat_mean[group]);
+      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+      for (int64_t i = c; i < c + g.group_size(); ++i) {
+        const double factor = rstd * weight[i];
+        center[row * C + i] = split.center;
+        scale[row * C + i] = A(factor);
+        shift[row * C + i] = A(bias[i] - split.low * factor);
+      }
+    });
   };
   const auto apply = [&](const Region& r) {
-    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
+    for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       kernel.apply(tile, x.lines(g, k, r.first_channel), y.lines(g, k, r.first_channel),
                    {center + at, scale + at, shift + at});
     });
   };
-  run_stages(g, sizeof(T), reduce, merge, apply);
+  run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
 }
 
 // dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
@@ -202,7 +248,11 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
 
   const auto reduce = [&](const Region& r) {
     if (!sums_needed) return;
-    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
+    for_tiles(g, r, Order::kForwards, [&](int64_t k, const Tile& tile) {
+      if (k + 1 < r.last_segment) {
+        dy.prefetch(g, k + 1, r.first_channel);
+        x.prefetch(g, k + 1, r.first_channel);
+      }
       const int64_t at = k * C + r.first_channel;
       kernel.grad_sums(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
                        center + (g.row_of(g.sample_of(k)) * C + r.first_channel), sum_dy + at, sum_dy_x + at);
@@ -210,51 +260,55 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
   };
   // Leaves in the first segment of each row: sum dy, and sum dy * (x - mean) * rstd.
   const auto merge = [&](const Region& r) {
+    if (!sums_needed) return;
     for (int64_t first = r.first_segment; first < r.last_segment; first += row_segments) {
-      const int64_t row = first / row_segments;
-      for (int64_t k = first + 1; sums_needed && k < first + row_segments; ++k) {
+      for (int64_t k = first + 1; k < first + row_segments; ++k) {
         for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
           sum_dy[first * C + c] += sum_dy[k * C + c];
           sum_dy_x[first * C + c] += sum_dy_x[k * C + c];
         }
       }
-      for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
-        const int64_t group = row * g.num_groups + c / g.group_size();
-        const SplitMean<A> split(stat_mean[group]);
-        const double rstd = 1 / std::sqrt(stat_var[group] + eps);
-        double group_dy = 0, group_dy_xhat = 0;
-        for (int64_t i = c; sums_needed && i < c + g.group_size(); ++i) {
-          double& dy_xhat = sum_dy_x[first * C + i];
-          dy_xhat = (dy_xhat - split.low * sum_dy[first * C + i]) * rstd;
-          group_dy += sum_dy[first * C + i] * weight[i];
-          group_dy_xhat += dy_xhat * weight[i];
-        }
-        const double n = g.elements_per_group();
-        const InputGradient gradient(rstd, split.low, group_dy / n, group_dy_xhat / n, /*centered=*/true);
-        for (int64_t i = c; i < c + g.group_size(); ++i) {
-          scale[row * C + i] = A(rstd * weight[i]);
-          slope[row * C + i] = given ? A(0) : A(gradient.slope);
-          shift[row * C + i] = given ? A(0) : A(gradient.shift);
-        }
-      }
     }
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const double low = SplitMean<A>(stat_mean[group]).low;
+      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+      for (int64_t i = row * row_segments * C + c, end = i + g.group_size(); i < end; ++i) {
+        sum_dy_x[i] = (sum_dy_x[i] - low * sum_dy[i]) * rstd;
+      }
+    });
+  };
+  const auto coefficients = [&](const Region& r) {
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+      for (int64_t i = c; i < c + g.group_size(); ++i) scale[row * C + i] = A(rstd * weight[i]);
+      if (given) return;
+      double group_dy = 0, group_dy_xhat = 0;
+      const int64_t sums = row * row_segments * C;
+      for (int64_t i = c; i < c + g.group_size(); ++i) {
+        group_dy += sum_dy[sums + i] * weight[i];
+        group_dy_xhat += sum_dy_x[sums + i] * weight[i];
+      }
+      const double n = g.elements_per_group(), low = SplitMean<A>(stat_mean[group]).low;
+      const InputGradient gradient(rstd, low, group_dy / n, group_dy_xhat / n, /*centered=*/true);
+      std::fill_n(slope + (row * C + c), g.group_size(), A(gradient.slope));
+      std::fill_n(shift + (row * C + c), g.group_size(), A(gradient.shift));
+    });
   };
   const auto apply = [&](const Region& r) {
     if (dx.data == nullptr) return;
-    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
+    for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       const Lines<const T> from = dy.lines(g, k, r.first_channel);
       const Lines<T> to = dx.lines(g, k, r.first_channel);
       if (given) {
-        const A* const zeros = slope + at;
-        kernel.apply(tile, from, to, {zeros, scale + at, zeros});
+        kernel.scale(tile, from, to, scale + at);
       } else {
         kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
                           {center + at, scale + at, slope + at, shift + at});
       }
     });
   };
-  run_stages(g, 2 * sizeof(T), reduce, merge, apply);
+  run_stages(g, 2 * sizeof(T), given, reduce, merge, coefficients, apply);
 
   const auto sum_rows = [&](const Scratch<double>& sums, A* total) {
     if (total == nullptr) return;

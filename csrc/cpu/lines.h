@@ -50,30 +50,42 @@ NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int6
 // Sums in float are taken over at most this many elements before they go on in double.
 constexpr int64_t kChunk = 4096;
 
-// Mean and M2 of one chunk by the corrected two-pass formula. Deviations are taken from the rounded mean; their own
-// mean is what rounding lost, so it sharpens both results at no cost.
-template <typename T>
-NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse) {
-  const auto [total] = sum_along<T, 1>(
-      n, [&](int64_t j, auto lanes, Pack<T>* sums) { sums[0] = sums[0] + Pack<T>::load(x + j, lanes); });
-  const Acc<T> center = total * Acc<T>(inverse);
-  const auto [first, second] = sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
-    const Pack<T> d = (Pack<T>::load(x + j, lanes) - center).masked(lanes);
-    sums[0] = sums[0] + d;
-    sums[1] = fmadd(d, d, sums[1]);
-  });
-  const double low = first * inverse;
-  return {center + low, second - first * low};
+// Deviations from a guess at the mean, n of them, with sum `first` and sum of squares `second`, give the moments by the
+// corrected formula: mean = guess + first / n, M2 = second - first^2 / n. The last difference keeps its digits as long
+// as the guess is within some standard deviations of the mean, so one pass is enough unless this says it was not.
+NORMOPS_INLINE bool guess_was_near(double first, double second, double inverse) {
+  return first * first * inverse <= 0.8 * second;
 }
 
-// Mean and M2 of a line, chunk by chunk while the chunk is in cache.
+// Mean and M2 of one chunk, given a guess at the mean.
+template <typename T>
+NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse, Acc<T> guess) {
+  const auto deviations = [&](const Acc<T> center) {
+    return sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
+      const Pack<T> d = (Pack<T>::load(x + j, lanes) - center).masked(lanes);
+      sums[0] = sums[0] + d;
+      sums[1] = fmadd(d, d, sums[1]);
+    });
+  };
+  auto sums = deviations(guess);
+  if (!guess_was_near(sums[0], sums[1], inverse)) {
+    guess = Acc<T>(guess + sums[0] * inverse);
+    sums = deviations(guess);
+  }
+  const double low = sums[0] * inverse;
+  return {guess + low, sums[1] - sums[0] * low};
+}
+
+// Mean and M2 of a line, chunk by chunk while the chunk is in cache. Each chunk's guess is the mean so far; that of the
+// first, the mean of its first pack.
 template <typename T>
 NORMOPS_INLINE std::pair<double, double> moments_along(const T* x, int64_t length) {
   int64_t begin = std::min(kChunk, length);
-  auto [mean, m2] = chunk_moments(x, begin, 1.0 / begin);
+  const int64_t few = std::min(Pack<T>::kSize, length);
+  auto [mean, m2] = chunk_moments(x, begin, 1.0 / begin, Pack<T>::load(x, Tail{few}).sum() / Acc<T>(few));
   for (; begin < length; begin += kChunk) {
     const int64_t n = std::min(kChunk, length - begin);
-    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n);
+    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n, Acc<T>(mean));
     MomentsMerge(begin, n)(mean, m2, chunk_mean, chunk_m2);
   }
   return {mean, m2};

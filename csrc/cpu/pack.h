@@ -7,6 +7,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <tuple>
@@ -34,7 +35,7 @@ struct PackOrder {
   static constexpr int64_t kSize = kParts * kLanes;
   static constexpr bool kSplit = std::is_same_v<T, c10::BFloat16> && kSplitBFloat16;
 
-  // Where element j of a line lies in an array in pack order.
+  // Where element j of a line lies in pack order.
   static constexpr int64_t position(int64_t j) {
     return kSplit ? j / kSize * kSize + j % 2 * kLanes + j % kSize / 2 : j;
   }
@@ -148,6 +149,35 @@ struct Pack : PackOrder<T> {
     return c;
   }
 };
+
+// Between pack order and arrays in memory order.
+template <typename T>
+NORMOPS_INLINE Pack<T> load_natural(const Acc<T>* source, Full) {
+  Pack<T> result = Pack<T>::load_packed(source);
+  if constexpr (PackOrder<T>::kSplit) {
+    std::tie(result.part[0], result.part[1]) = at::vec::deinterleave2<Acc<T>>(result.part[0], result.part[1]);
+  }
+  return result;
+}
+template <typename T>
+NORMOPS_INLINE void store_natural(Pack<T> pack, Acc<T>* target, Full) {
+  if constexpr (PackOrder<T>::kSplit) {
+    std::tie(pack.part[0], pack.part[1]) = at::vec::interleave2<Acc<T>>(pack.part[0], pack.part[1]);
+  }
+  pack.store_packed(target);
+}
+template <typename T>
+NORMOPS_INLINE Pack<T> load_natural(const Acc<T>* source, Tail tail) {
+  Acc<T> whole[Pack<T>::kSize] = {};
+  std::copy_n(source, tail.count, whole);
+  return load_natural<T>(whole, Full{});
+}
+template <typename T>
+NORMOPS_INLINE void store_natural(const Pack<T>& pack, Acc<T>* target, Tail tail) {
+  Acc<T> whole[Pack<T>::kSize];
+  store_natural<T>(pack, whole, Full{});
+  std::copy_n(whole, tail.count, target);
+}
 
 template <typename F, int... I>
 NORMOPS_INLINE void unroll(std::integer_sequence<int, I...>, F f) {

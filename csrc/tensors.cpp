@@ -5,10 +5,10 @@
 namespace normops {
 namespace {
 
-// Segments of a channels_last input stay in the second-level cache, within limits that keep float sums exact enough and
-// the cost of merging small; a channel's positions are split only when they are very many.
-constexpr int64_t kSegmentBytes = 128 * 1024;
-constexpr int64_t kFewestLines = 32, kMostLines = 256;
+// Segments of a channels_last input are short enough to be shared among threads, within limits that keep float sums
+// exact and the cost of merging small; a channel's positions are split only when they are very many.
+constexpr int64_t kSegmentBytes = 512 * 1024;
+constexpr int64_t kFewestLines = 64, kMostLines = 256;
 constexpr int64_t kContiguousSegment = 32 * 1024;
 // Planes are seen as wide channels where there are so many samples.
 constexpr int64_t kFewestSamples = 8;

@@ -200,10 +200,14 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
     const int64_t elements = g.elements_per_group();
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
       const int64_t at = row * row_segments * C + c / join;
-      const double count = double(elements / g.group_size());  // of each channel
-      double group_mean = mean[at], group_m2 = m2[at];
-      for (int64_t i = 1; i < g.group_size() / join; ++i) {
-        MomentsMerge(i * count, count)(group_mean, group_m2, mean[at + i], m2[at + i]);
+      const int64_t parts = g.group_size() / join;
+      const double count = double(elements) / parts;  // of each part: equal ones need no chain of merges
+      double group_mean = 0, group_m2 = 0;
+      for (int64_t i = 0; i < parts; ++i) group_mean += mean[at + i];
+      group_mean /= parts;
+      for (int64_t i = 0; i < parts; ++i) {
+        const double distance = mean[at + i] - group_mean;
+        group_m2 += m2[at + i] + count * distance * distance;
       }
       stat_mean[group] = group_mean;
       stat_var[group] = group_m2 / elements;

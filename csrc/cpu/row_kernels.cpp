@@ -42,18 +42,22 @@ NORMOPS_KERNEL row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
     const A center = split.center;
     const Pack<T> scale = A(rstd), shift = A(-split.low * rstd);
     const T* const next = a.x[std::min(row + 1, end - 1)];
-    sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
-      prefetch(next + j);
-      Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
-      if constexpr (kWeight && kBias) {
-        v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
-      } else if constexpr (kWeight) {
-        v = v * Pack<T>::load_packed(a.weight + j);
-      } else if constexpr (kBias) {
-        v = v + Pack<T>::load_packed(a.bias + j);
-      }
-      v.store(y + j, lanes);
-    });
+    // From the end, where the row is still in cache.
+    for (int64_t from = (a.length - 1) / kChunk * kChunk; from >= 0; from -= kChunk) {
+      sweep<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, auto) {
+        const int64_t j = from + i;
+        if (a.length <= kChunk) prefetch(next + j);
+        Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
+        if constexpr (kWeight && kBias) {
+          v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
+        } else if constexpr (kWeight) {
+          v = v * Pack<T>::load_packed(a.weight + j);
+        } else if constexpr (kBias) {
+          v = v + Pack<T>::load_packed(a.bias + j);
+        }
+        v.store(y + j, lanes);
+      });
+    }
   }
 }
 

@@ -32,8 +32,9 @@ if X86:
     INSTRUCTION_SETS["AVX512_BF16"] = [*INSTRUCTION_SETS["AVX512"], "-mavx512bf16"]
 KERNELS = ["csrc/cpu/channel_kernels.cpp", "csrc/cpu/row_kernels.cpp"]
 
-# g++ 12 takes the undefined lanes of AVX-512 intrinsics for a mistake.
-KERNEL_FLAGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# A square root that may set errno is no vector instruction. g++ 12 takes the undefined lanes of AVX-512 intrinsics for a
+# mistake.
+KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 class Build(BuildExtension):

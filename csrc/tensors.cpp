@@ -137,10 +137,10 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
   }
   const int64_t line_bytes = std::max<int64_t>(1, g.channels * input.element_size());
   const int64_t positions_per_line = std::max<int64_t>(1, kJoined / std::max<int64_t>(1, g.channels));
-  g.segment_length =
-      g.layout == Layout::kContiguous ? kContiguousSegment
-      : small_planes                  ? kMostLines
-                     : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
+  g.segment_length = g.layout == Layout::kContiguous ? kContiguousSegment
+                     : small_planes
+                         ? kMostLines
+                         : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
   return {g, strides};
 }
 

@@ -89,8 +89,8 @@ void for_groups(const Geometry& g, const Region& r, const F& f) {
 
 // Runs the stages: reduce, merge and coefficients for a group, and then apply, which begins where reduce ended, as that
 // is still in cache. A thread takes a group through all stages if there are enough of them for all threads. Otherwise
-// every stage is shared among all threads in turn. With statistics given there is no order to keep: memory is read once,
-// and the sums of the backward pass are merged at the end. All ways do the same arithmetic.
+// every stage is shared among all threads in turn. With statistics given there is no order to keep: memory is read
+// once, and the sums of the backward pass are merged at the end. All ways do the same arithmetic.
 template <typename Reduce, typename Merge, typename Coefficients, typename Apply>
 void run_stages(const Geometry& g, int64_t element_size, bool given, const Reduce& reduce, const Merge& merge,
                 const Coefficients& coefficients, const Apply& apply) {

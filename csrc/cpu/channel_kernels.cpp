@@ -50,7 +50,8 @@ struct Block {
     for (int64_t r = 0; r < repeat; ++r) {
       for (int64_t c = 0; c < channels; ++c) std::fill_n(natural + r * period() + c * width, width, Acc<T>(source[c]));
     }
-    for (int64_t j = 0; j < length(); j += Pack<T>::kSize) load_natural<T>(natural + j, Full{}).store_packed(target + j);
+    for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
+      load_natural<T>(natural + j, Full{}).store_packed(target + j);
   }
 
   // The reverse, summed: `target` has one value per channel.
@@ -58,7 +59,8 @@ struct Block {
   void fold(const Acc<T>* source, double* target) const {
     using A = Acc<T>;
     alignas(64) A natural[kBlock];
-    for (int64_t j = 0; j < length(); j += Pack<T>::kSize) store_natural<T>(Pack<T>::load_packed(source + j), natural + j, Full{});
+    for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
+      store_natural<T>(Pack<T>::load_packed(source + j), natural + j, Full{});
     std::fill_n(target, channels, 0.0);
     for (int64_t r = 0; r < repeat; ++r) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -94,13 +96,12 @@ NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double*
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
     const bool done = if_short<T>(tile.positions, [&](auto packs) {
-      ShortLine<T, packs> line(tile.positions);
-      for (int64_t c = 0; c < tile.channels; ++c) {
-        line.load(x[c]);
-        const double center = line.center();
-        const auto [low, squares] = line.mean_and_squares();
-        mean[c] = center + low;
-        m2[c] = squares - low * low * tile.positions;
+      ShortLines<T, packs> lines(tile.positions);
+      for (int64_t c = 0; c < tile.channels; c += lines.kCount) {
+        const int64_t count = std::min<int64_t>(lines.kCount, tile.channels - c);
+        lines.template take_moments<true>([&](int64_t i) { return x[c + std::min(i, count - 1)]; });
+        std::copy_n(lines.mean, count, mean + c);
+        std::copy_n(lines.m2, count, m2 + c);
       }
     });
     for (int64_t c = 0; !done && c < tile.channels; ++c) std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
@@ -154,7 +155,7 @@ NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double*
 
 template <typename T>
 NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<T>* center, double* sum_dy,
-               double* sum_dy_x) {
+                         double* sum_dy_x) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
     for (int64_t c = 0; c < tile.channels; ++c) {
@@ -233,7 +234,7 @@ NORMOPS_KERNEL apply(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwa
 
 template <typename T>
 NORMOPS_KERNEL grad_apply(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
-                const BackwardCoefficients<Acc<T>>& k) {
+                          const BackwardCoefficients<Acc<T>>& k) {
   map<T, 2, 4>(tile, {dy, x}, dx, {k.center, k.scale, k.slope, k.shift},
                [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0], k[1], fmadd(v[1] - k[0], k[2], k[3])); });
 }

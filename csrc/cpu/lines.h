@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <utility>
 
@@ -115,24 +116,65 @@ struct ShortLine {
     each([&](int i, int64_t j, auto lanes) { values[i] = Pack<T>::load(x + j, lanes); });
   }
 
-  // Takes the (rounded) mean off the values, and returns it.
-  NORMOPS_INLINE Acc<T> center() {
+  NORMOPS_INLINE Pack<T> sum() const {
     Pack<T> total;
     each([&](int i, int64_t, auto) { total = total + values[i]; });
-    const Acc<T> center = total.sum() * Acc<T>(inverse);
+    return total;
+  }
+  NORMOPS_INLINE Pack<T> sum_of_squares() const {
+    Pack<T> total;
+    each([&](int i, int64_t, auto) { total = fmadd(values[i], values[i], total); });
+    return total;
+  }
+  NORMOPS_INLINE void subtract(Acc<T> center) {
     each([&](int i, int64_t, auto lanes) { values[i] = (values[i] - center).masked(lanes); });
-    return center;
+  }
+};
+
+// As many short lines at once as registers hold, so that they are summed together.
+template <typename T, int kPacks>
+struct ShortLines {
+  static constexpr int kVectors = sizeof(typename Pack<T>::Vec) >= 64 ? 16 : 8;
+  static constexpr int kMost = std::min<int64_t>(8, Pack<T>::kLanes);
+  static constexpr int kCount =
+      std::clamp<int>(std::bit_floor(unsigned(kVectors / (kPacks * Pack<T>::kParts))), 1, kMost);
+
+  ShortLine<T, kPacks> line[kCount];
+  double mean[kCount], m2[kCount];
+  Acc<T> low[kCount];  // what rounding lost of the means
+
+  explicit ShortLines(int64_t length) : ShortLines(length, std::make_integer_sequence<int, kCount>{}) {}
+
+  // Loads the lines at address(0), address(1), ..., takes their moments (mean and sum of squares about it; or, if not
+  // centered, about zero) and leaves in `line` their deviations from the means without `low`.
+  template <bool kCentered, typename Address>
+  NORMOPS_INLINE void take_moments(Address address) {
+    std::array<Acc<T>, kCount> center{}, first{};
+    unroll<kCount>([&](auto r) { line[r].load(address(r)); });
+    Pack<T> sums[kCount];
+    if constexpr (kCentered) {
+      unroll<kCount>([&](auto r) { sums[r] = line[r].sum(); });
+      center = sums_of<T>(sums);
+      unroll<kCount>([&](auto r) {
+        center[r] *= Acc<T>(line[r].inverse);
+        line[r].subtract(center[r]);
+        sums[r] = line[r].sum();
+      });
+      first = sums_of<T>(sums);
+    }
+    unroll<kCount>([&](auto r) { sums[r] = line[r].sum_of_squares(); });
+    const auto second = sums_of<T>(sums);
+    for (int r = 0; r < kCount; ++r) {
+      const double exact_low = first[r] * line[0].inverse;
+      mean[r] = center[r] + exact_low;
+      m2[r] = second[r] - first[r] * exact_low;
+      low[r] = Acc<T>(exact_low);
+    }
   }
 
-  // The mean and sum of squares of the values.
-  NORMOPS_INLINE std::pair<double, double> mean_and_squares() const {
-    Pack<T> first, second;
-    each([&](int i, int64_t, auto) {
-      first = first + values[i];
-      second = fmadd(values[i], values[i], second);
-    });
-    return {first.sum() * inverse, second.sum()};
-  }
+ private:
+  template <int... I>
+  ShortLines(int64_t length, std::integer_sequence<int, I...>) : line{((void)I, ShortLine<T, kPacks>(length))...} {}
 };
 
 // f(packs) with the number of packs in a line as a constant, if the line is short; false if it is not.

@@ -61,26 +61,29 @@ NORMOPS_KERNEL row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T, int kPacks>
+template <typename T, int kPacks, bool kCentered>
 NORMOPS_KERNEL short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
-  ShortLine<T, kPacks> line(a.length);
+  ShortLines<T, kPacks> lines(a.length);
   Pack<T> weight[kPacks], bias[kPacks];
-  line.each([&](int i, int64_t j, auto) {
+  lines.line[0].each([&](int i, int64_t j, auto) {
     weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1);
     bias[i] = a.bias ? Pack<T>::load_packed(a.bias + j) : Pack<T>(0);
   });
-  for (int64_t row = begin; row < end; ++row) {
-    line.load(a.x[row]);
-    const double center = a.centered ? line.center() : 0.0;
-    auto [low, squares] = line.mean_and_squares();
-    if (!a.centered) low = 0;
-    const double rstd = 1 / std::sqrt(squares * line.inverse - low * low + a.eps);
-    a.mean[row] = center + low;
-    a.rstd[row] = rstd;
-    const Pack<T> scale = Acc<T>(rstd), shift = Acc<T>(-low * rstd);
-    T* y = a.y[row];
-    line.each([&](int i, int64_t j, auto lanes) {
-      fmadd(fmadd(line.values[i], scale, shift), weight[i], bias[i]).store(y + j, lanes);
+  const double inverse = 1.0 / a.length;
+  for (int64_t row = begin; row < end; row += lines.kCount) {
+    const int64_t count = std::min<int64_t>(lines.kCount, end - row);
+    lines.template take_moments<kCentered>([&](int64_t i) { return a.x[row + std::min(i, count - 1)]; });
+    double rstd[lines.kCount];
+    for (int r = 0; r < lines.kCount; ++r) rstd[r] = 1 / std::sqrt(lines.m2[r] * inverse + a.eps);
+    std::copy_n(lines.mean, count, a.mean + row);
+    std::copy_n(rstd, count, a.rstd + row);
+    unroll<lines.kCount>([&](auto r) {
+      if (r >= count) return;
+      const Pack<T> scale = Acc<T>(rstd[r]), shift = -lines.low[r] * Acc<T>(rstd[r]);
+      T* y = a.y[row + r];
+      lines.line[r].each([&](int i, int64_t j, auto lanes) {
+        fmadd(fmadd(lines.line[r].values[i], scale, shift), weight[i], bias[i]).store(y + j, lanes);
+      });
     });
   }
 }
@@ -207,7 +210,10 @@ NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end)
 
 template <typename T>
 void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
-  if (if_short<T>(a.length, [&](auto packs) { short_row_forward<T, packs>(a, begin, end); })) return;
+  const bool done = if_short<T>(a.length, [&](auto packs) {
+    a.centered ? short_row_forward<T, packs, true>(a, begin, end) : short_row_forward<T, packs, false>(a, begin, end);
+  });
+  if (done) return;
   const auto run = a.weight && a.bias ? row_forward<T, true, true>
                    : a.weight         ? row_forward<T, true, false>
                    : a.bias           ? row_forward<T, false, true>
@@ -228,9 +234,7 @@ void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 NORMOPS_KERNEL pack_parameter(const Acc<T>* natural, int64_t length, Acc<T>* packed) {
-  sweep<T>(length, [&](int64_t j, auto lanes, auto) {
-    load_natural<T>(natural + j, lanes).store_packed(packed + j);
-  });
+  sweep<T>(length, [&](int64_t j, auto lanes, auto) { load_natural<T>(natural + j, lanes).store_packed(packed + j); });
 }
 
 template <typename T>

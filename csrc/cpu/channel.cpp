@@ -11,6 +11,7 @@
 #include "../statistics.h"
 #include "../tensors.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace normops::cpu {
@@ -332,7 +333,7 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
                       const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, bool over_batch,
                       double eps) {
   at::Tensor x = input;
-  at::Tensor output = at::empty_like(input, input.suggest_memory_format());
+  at::Tensor output = prepare_output(at::empty_like(input, input.suggest_memory_format()));
   const auto view = channel_view({&x, &output}, num_groups, over_batch);
   const Geometry& g = view.geometry;
   const bool given = defined(given_mean);
@@ -362,7 +363,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   at::Tensor dx;
   std::vector<at::Tensor*> operands{&x, &dy};
   if (output_mask[0]) {
-    dx = at::empty_like(input, input.suggest_memory_format());
+    dx = prepare_output(at::empty_like(input, input.suggest_memory_format()));
     operands.push_back(&dx);
   }
   const auto view = channel_view(operands, num_groups, over_batch);

@@ -8,6 +8,7 @@
 
 #include "../tensors.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace normops::cpu {
@@ -84,6 +85,7 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   // Without the dispatcher: it would take longer than the rows of a small input.
   const auto shape = row_statistics_shape(input, normalized_ndim);
   at::Tensor output = at::detail::empty_cpu(input.sizes(), input.options());
+  prepare_output(output);
   at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm", [&] {
@@ -115,7 +117,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const at::Tensor means = as_parameter(mean, input, rows, at::kDouble, "mean");
   const at::Tensor rstds = as_parameter(rstd, input, rows, at::kDouble, "rstd");
   at::Tensor dx, dweight, dbias;
-  if (output_mask[0]) dx = at::detail::empty_cpu(input.sizes(), input.options());
+  if (output_mask[0]) dx = prepare_output(at::detail::empty_cpu(input.sizes(), input.options()));
   const bool params = output_mask[1] || output_mask[2];
   if (!params && !output_mask[0]) return {};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm_backward", [&] {

@@ -32,8 +32,7 @@ if X86:
     INSTRUCTION_SETS["AVX512_BF16"] = [*INSTRUCTION_SETS["AVX512"], "-mavx512bf16"]
 KERNELS = ["csrc/cpu/channel_kernels.cpp", "csrc/cpu/row_kernels.cpp"]
 
-# A square root that may set errno is no vector instruction. g++ 12 takes the undefined lanes of AVX-512 intrinsics for a
-# mistake.
+# A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
 KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
@@ -51,7 +50,13 @@ class Build(BuildExtension):
                 KERNELS,
                 output_dir=f"{self.build_temp}/{name}",
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"],
+                extra_postargs=[
+                    *FLAGS,
+                    *KERNEL_FLAGS,
+                    *flags,
+                    f"-DCPU_CAPABILITY={name}",
+                    f"-DCPU_CAPABILITY_{name.partition('_')[0]}",
+                ],
                 depends=ext.depends,
             )
         super().build_extension(ext)

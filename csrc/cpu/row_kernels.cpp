@@ -10,7 +10,7 @@ namespace {
 // Asks for what is read after the results of now are stored: memory and arithmetic then take their time together.
 template <typename T>
 NORMOPS_INLINE void prefetch(const T* address) {
-  __builtin_prefetch(address);
+  __builtin_prefetch(address, 0, 2);
 }
 
 template <typename T>

@@ -88,8 +88,8 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
     return compose({row_frame(input, normalized_ndim), eps, centered}, input, weight, bias);
   }
   if (gradient_needed(input, weight, bias)) {
-    variable_list results = RowNorm::apply(input, normalized_ndim, weight, bias, eps, centered, with_statistics);
-    results.resize(3);
+    const variable_list results = RowNorm::apply(input, normalized_ndim, weight, bias, eps, centered, with_statistics);
+    if (!with_statistics) return {results[0], {}, {}};
     return {results[0], results[1], results[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;

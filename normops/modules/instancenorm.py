@@ -26,7 +26,7 @@ class _InstanceNormForward:
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         channels = input.size(0 if unbatched else 1)
-        if channels != self.num_features:
+        if not torch.jit.is_tracing() and channels != self.num_features:
             if self.affine:
                 raise ValueError(f"expected input with {self.num_features} channels (num_features), got {channels}")
             warnings.warn(

@@ -20,10 +20,10 @@ class LayerNorm(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     """Drop-in for :class:`torch.nn.RMSNorm`; see :func:`normops.functional.rms_norm`."""
 
-    def forward(self, input):
-        if not isinstance(input, torch.Tensor):
-            return trace(self, input)
-        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+    def forward(self, x):
+        if not isinstance(x, torch.Tensor):
+            return trace(self, x)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class GroupNorm(torch.nn.GroupNorm):

@@ -38,16 +38,30 @@ def resnet():
     )
 
 
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        x = x + self.out(torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), dim=-1), v))
+        return x + self.mlp(self.norm2(x))
+
+
 class VisionTransformer(nn.Module):
     def __init__(self):
         super().__init__()
         self.patches = nn.Conv2d(3, 16, 4, stride=4)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.RMSNorm(16), nn.Linear(16, 5))
+        self.blocks = nn.Sequential(Block(16), Block(16), nn.RMSNorm(16))
+        self.head = nn.Linear(16, 5)
 
     def forward(self, x):
-        return self.head(self.encoder(self.patches(x).flatten(2).mT).mean(1))
+        return self.head(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
 
 
 class UNet(nn.Module):

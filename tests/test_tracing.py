@@ -16,7 +16,7 @@ def nodes(graph_module):
     return [(node.op, str(node.target)) for node in graph_module.graph.nodes]
 
 
-@pytest.mark.parametrize("name", ["resnet", "unet"])
+@pytest.mark.parametrize("name", MODELS)
 def test_symbolic_trace(name, device):
     """The same nodes as of the unconverted model; the layers are leaves and still those of normops."""
     original, converted = pair(MODELS[name], device=device)
@@ -95,7 +95,6 @@ def normops_op(case):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*ScriptModule constants:UserWarning")  # of torch.nn.TransformerEncoder
 @pytest.mark.parametrize("name", MODELS)
 def test_torchscript_of_a_model(name, device):
     original, converted = pair(MODELS[name], device=device)

@@ -2,8 +2,6 @@
 
 #include <torch/library.h>
 
-#include <limits>
-
 #include "../checks.h"
 #include "../ops.h"
 #include "composition.h"
@@ -116,10 +114,8 @@ at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shap
   check_input("rms_norm", input);
   check_normalized_shape("rms_norm", input, normalized_shape);
   check_parameter("rms_norm", "weight", weight, input, normalized_shape, "normalized_shape");
-  // Torch's default: the machine epsilon of the arithmetic.
-  const double epsilon = input.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                            : std::numeric_limits<float>::epsilon();
-  return std::get<0>(row_norm(input, normalized_shape.size(), weight, std::nullopt, eps.value_or(epsilon),
+  return std::get<0>(row_norm(input, normalized_shape.size(), weight, std::nullopt,
+                              eps.value_or(default_rms_eps(input)),
                               /*centered=*/false, /*with_statistics=*/false));
 }
 

@@ -54,7 +54,7 @@ at::Tensor rstd_of(const at::Tensor& var, double eps, const at::Tensor& input) {
 }
 
 // The variance that, with eps = 0, has this rstd.
-at::Tensor var_of(const at::Tensor& rstd) { return rstd.to(at::kDouble).pow_(-2); }
+at::Tensor var_of(const at::Tensor& rstd) { return rstd.to(at::kDouble).pow(-2); }
 
 at::Tensor like_parameter(const at::Tensor& grad, const OptionalTensor& parameter, const at::Tensor& input) {
   return grad.defined() ? grad.to(defined(parameter) ? parameter->scalar_type() : input.scalar_type()) : grad;

@@ -41,8 +41,9 @@ def accelerate(enabled: bool | None = None):
     - calls that torch rejects, and empty inputs;
     - ``rms_norm`` of a channels_last input or with a weight of another dtype than the input, which torch composes of
       other operators;
-    - what never comes to these operators: compiled code, for which ``torch.compile`` takes them apart before that (use
-      :func:`normops.convert`), double backward, and the fast path of ``torch.nn.TransformerEncoderLayer`` in evaluation.
+    - what never comes to these operators: compiled code, for which ``torch.compile`` takes them apart first (use
+      :func:`normops.convert`), double backward, and the fast path of ``torch.nn.TransformerEncoderLayer`` in
+      evaluation.
 
     The statistics that torch's operators save for the backward are in float32 (float64 for float64), also for inputs in
     half precision, for which torch on the CPU saves them in half precision. The mean is saved without its rounding

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 
+import layouts
 import pytest
 import torch
 from cases import SHAPE, each_case, each_dtype, each_with_absent_parameters
@@ -14,7 +15,6 @@ from test_gradients import TRANSFORMS, differentiable
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
 
-import layouts
 import normops
 from normops import _C
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_grad_scaler(name, device):
             history.append((scaler.get_scale(), loss.item()))
         histories.append(history)
     theirs, ours = histories
-    assert any(later < earlier for (earlier, _), (later, _) in zip(theirs, theirs[1:], strict=False))
+    assert any(later < earlier for (earlier, _), (later, _) in itertools.pairwise(theirs))
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=0.02)
     assert theirs[-1][1] < theirs[0][1] and ours[-1][1] < ours[0][1]
 

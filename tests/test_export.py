@@ -206,5 +206,7 @@ def test_onnx(way):
         normops.revert(model)
     with normops.set_compile_mode("decompose" if way == "decompose" else "kernel"):
         program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    (result,) = evaluator.ReferenceEvaluator(program.model_proto).run(None, {program.model.graph.inputs[0].name: x.numpy()})
+    (result,) = evaluator.ReferenceEvaluator(program.model_proto).run(
+        None, {program.model.graph.inputs[0].name: x.numpy()}
+    )
     torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import torch
 from models import IMAGE, MODELS, pair
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
-# BatchNorm in training couples the samples and moves buffers: these use it in evaluation, as torch's documentation says.
+# BatchNorm in training couples the samples and moves buffers, so models are in evaluation, as torch recommends.
 each_model = pytest.mark.parametrize("name", MODELS)
 
 

@@ -116,9 +116,13 @@ def test_compiled_function(case, device):
 
 @each_module
 def test_compiled_module(case, device):
-    """Two training steps: outputs, gradients and running statistics are those of the module itself."""
+    """Two training steps: outputs, gradients and running statistics are those of the module itself.
+
+    The cumulative average of BatchNorm reads its counter, which breaks the graph, in torch as here.
+    """
     layer, compiled = case.make(normops).to(device), case.make(normops).to(device)
-    run = torch.compile(compiled, backend="aot_eager", fullgraph=case.kwargs.get("momentum", 0.1) is not None)
+    whole = not (case.name.startswith("BatchNorm") and case.kwargs.get("momentum", 0.1) is None)
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=whole)
     for _ in range(2):
         inputs = [torch.randn(case.shape, device=device, requires_grad=True) for _ in range(2)]
         inputs[1].data = inputs[0].data

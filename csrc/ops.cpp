@@ -47,6 +47,24 @@ auto find(const char* name) {
 
 }  // namespace
 
+at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  static const auto op = find<decltype(layer_norm)>("normops::layer_norm");
+  return op.call(input, normalized_shape, weight, bias, eps);
+}
+
+at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                    std::optional<double> eps) {
+  static const auto op = find<decltype(rms_norm)>("normops::rms_norm");
+  return op.call(input, normalized_shape, weight, eps);
+}
+
+at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  static const auto op = find<decltype(group_norm)>("normops::group_norm");
+  return op.call(input, std::move(num_groups), weight, bias, eps);
+}
+
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered) {
   static const auto op = find<decltype(row_norm)>("normops::_row_norm");

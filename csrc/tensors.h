@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
 #include <optional>
 
 #include "geometry.h"
@@ -18,6 +19,12 @@ using Mask3 = std::array<bool, 3>;
 // Arithmetic is done in float, and in double for double.
 inline at::ScalarType acc_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Torch's default for RMSNorm: the machine epsilon of the arithmetic.
+inline double default_rms_eps(const at::Tensor& input) {
+  return acc_type(input) == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                        : std::numeric_limits<float>::epsilon();
 }
 
 inline bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }

@@ -32,6 +32,7 @@ def test_class(name):
     ours, theirs = getattr(normops, name), getattr(torch.nn, name)
     assert issubclass(ours, theirs)
     assert inspect.signature(ours) == inspect.signature(theirs)
+    assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(theirs.forward).parameters)
     assert ours.__doc__ and ours.__doc__ != theirs.__doc__
 
 

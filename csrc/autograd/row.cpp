@@ -10,6 +10,28 @@
 namespace normops {
 namespace {
 
+// What is saved beside tensors, in two entries: each costs as much time as the rows of a small input.
+struct Settings {
+  int64_t normalized_ndim;
+  double eps;
+  bool centered;
+  bool has_bias;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["layer"] = normalized_ndim << 2 | int64_t(centered) << 1 | int64_t(has_bias);
+  }
+
+  explicit Settings(AutogradContext* ctx) : eps(ctx->saved_data["eps"].toDouble()) {
+    const int64_t layer = ctx->saved_data["layer"].toInt();
+    normalized_ndim = layer >> 2;
+    centered = (layer & 2) != 0;
+    has_bias = (layer & 1) != 0;
+  }
+  Settings(int64_t normalized_ndim, double eps, bool centered, bool has_bias)
+      : normalized_ndim(normalized_ndim), eps(eps), centered(centered), has_bias(has_bias) {}
+};
+
 struct RowNorm : torch::autograd::Function<RowNorm> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, int64_t normalized_ndim,
                                const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
@@ -17,10 +39,7 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [output, mean, rstd] = ops::row_norm(input, normalized_ndim, weight, bias, eps, centered);
     ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, rstd});
-    ctx->saved_data["normalized_ndim"] = normalized_ndim;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["centered"] = centered;
-    ctx->saved_data["has_bias"] = defined(bias);
+    Settings(normalized_ndim, eps, centered, defined(bias)).save(ctx);
     if (!with_statistics) return {output};
     ctx->mark_non_differentiable({mean, rstd});
     return {output, mean, rstd};
@@ -29,10 +48,10 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     if (!grads[0].defined()) return variable_list(7);
-    auto [dx, dweight, dbias] =
-        ops::row_norm_backward(grads[0], saved[0], ctx->saved_data["normalized_ndim"].toInt(), saved[2], saved[3],
-                               saved[1], ctx->saved_data["eps"].toDouble(), ctx->saved_data["centered"].toBool(),
-                               gradients_wanted(ctx, saved[1].defined(), ctx->saved_data["has_bias"].toBool()));
+    const Settings layer(ctx);
+    auto [dx, dweight, dbias] = ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3],
+                                                       saved[1], layer.eps, layer.centered,
+                                                       gradients_wanted(ctx, saved[1].defined(), layer.has_bias));
     return {dx, {}, dweight, dbias, {}, {}, {}};
   }
 };
@@ -45,9 +64,7 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
     const Tensors3 grads =
         ops::row_norm_backward(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask);
     ctx->save_for_backward({grad_output, input, weight.value_or(at::Tensor())});
-    ctx->saved_data["normalized_ndim"] = normalized_ndim;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["centered"] = centered;
+    Settings(normalized_ndim, eps, centered, /*has_bias=*/false).save(ctx);
     save_mask(ctx, output_mask);
     return only_wanted(grads, output_mask);
   }
@@ -55,8 +72,8 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& input = saved[1];
-    const Layer layer{row_frame(input, ctx->saved_data["normalized_ndim"].toInt()), ctx->saved_data["eps"].toDouble(),
-                      ctx->saved_data["centered"].toBool()};
+    const Settings settings(ctx);
+    const Layer layer{row_frame(input, settings.normalized_ndim), settings.eps, settings.centered};
     auto [to_dy, to_x, to_weight] =
         compose_double_backward(layer, all_three(grads, saved_mask(ctx)), saved[0], input, saved[2]);
     return {to_dy, to_x, {}, {}, {}, to_weight, {}, {}, {}};

@@ -8,7 +8,7 @@ from normops import modules
 
 __all__ = ["convert", "revert"]
 
-_TO_NORMOPS = {getattr(torch.nn, name): getattr(modules, name) for name in modules.__all__}
+_TO_NORMOPS = {getattr(torch.nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(torch.nn, name)}
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_NORMOPS.items()}
 
 

@@ -28,7 +28,7 @@ def _serve(rank, world_size, path, connection):
         try:
             function(rank, world_size, *args)
             connection.send(None)
-        except Exception:
+        except BaseException:  # pytest's own failures are not Exceptions
             connection.send(traceback.format_exc())
 
 
@@ -81,4 +81,6 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        if self._processes:
+            self._folder.cleanup()
         self._processes = []

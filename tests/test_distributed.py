@@ -25,11 +25,8 @@ def ranks(request):
     pool.stop()
 
 
-@pytest.fixture
-def two_ranks(ranks):
-    if ranks.world_size != 2:
-        pytest.skip("one number of ranks is enough")
-    return ranks
+# For what does not depend on their number.
+two_ranks = pytest.mark.parametrize("ranks", [2], indirect=True, ids=["2 ranks"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +129,9 @@ def equals_joined_batch(rank, world_size, case, batch):
             assert same_on_all_ranks(ours), f"{name} differs between the ranks"
     # Evaluation exchanges nothing, so one rank may do it alone.
     if rank == 0:
-        layer.eval()
-        exact.eval()
-        y = layer(inputs)
-        assert_near(
-            "evaluation", y, exact(inputs.double()), largest(y.double()), 3 * tolerance(y.dtype, y.dtype, terms)
-        )
+        exact.load_state_dict(layer.state_dict())
+        y, expected = layer.eval()(inputs), exact.eval()(inputs.double())
+        assert_near("evaluation", y, expected, largest(expected), tolerance(y.dtype, y.dtype, terms))
 
 
 @each_batch
@@ -203,9 +197,10 @@ def collectives(rank, world_size, channels, forward):
     assert len(names) == forward + 1
 
 
+@two_ranks
 @pytest.mark.parametrize(("channels", "forward"), [(6, 1), (1024, 1), (1025, 2)])
-def test_collectives(two_ranks, channels, forward):
-    two_ranks.run(collectives, channels, forward)
+def test_collectives(ranks, channels, forward):
+    ranks.run(collectives, channels, forward)
 
 
 def gradients_checked(rank, world_size):
@@ -233,8 +228,9 @@ def differentiated_twice(rank, world_size):
         grad.sum().backward()
 
 
-def test_double_backward(two_ranks):
-    two_ranks.run(differentiated_twice)
+@two_ranks
+def test_double_backward(ranks):
+    ranks.run(differentiated_twice)
 
 
 def disagreeing(rank, world_size, kind):
@@ -438,8 +434,9 @@ def compiled(rank, world_size):
     torch.testing.assert_close(*gradients)
 
 
-def test_compiled(two_ranks):
-    two_ranks.run(compiled)
+@two_ranks
+def test_compiled(ranks):
+    ranks.run(compiled)
 
 
 def dead(rank, world_size):
@@ -448,8 +445,9 @@ def dead(rank, world_size):
     normops.SyncBatchNorm(6)(torch.randn(4, 6))
 
 
-def test_a_failing_rank_is_a_failing_test(two_ranks, monkeypatch):
+@two_ranks
+def test_a_failing_rank_is_a_failing_test(ranks, monkeypatch):
     """The other rank waits for it, but not for ever."""
     monkeypatch.setattr("ranks.GRACE", 1)
     with pytest.raises(AssertionError, match=r"(?s)rank 1: .*told to the test.*rank 0 did not answer"):
-        two_ranks.run(dead)
+        ranks.run(dead)

@@ -54,7 +54,8 @@ def _check_frames(headers, group):
                 )
 
 
-def _joined_moments(input, group):
+@torch.no_grad()
+def _joined_moments(input, requires_grad, group):
     """Mean and biased variance of every channel over the inputs of all ranks, and the number of values in each.
 
     The moments are exchanged in float64 and merged in the order of the ranks, so all ranks get the same bits.
@@ -63,7 +64,6 @@ def _joined_moments(input, group):
     mean, var = _OPS._channel_moments(input)
     frame = mean.new_zeros(len(_HEADER) + 2 * _FRAME_CHANNELS)
     count = input.numel() // channels
-    requires_grad = torch.is_grad_enabled() and input.requires_grad
     frame[: len(_HEADER)] = torch.tensor(
         [count, channels, _DTYPES.index(input.dtype), requires_grad], dtype=torch.float64
     )
@@ -134,8 +134,8 @@ class _Gradients(torch.autograd.Function):
 
 
 def _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, group):
-    with torch.no_grad():
-        mean, var, count = _joined_moments(input, group)
+    requires_grad = torch.is_grad_enabled() and input.requires_grad
+    mean, var, count = _joined_moments(input, requires_grad, group)
     if count == 1:
         raise ValueError(
             "batch_norm: expected more than 1 value per channel when training, got 1 on all ranks together, here input "

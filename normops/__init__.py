@@ -9,7 +9,8 @@ from normops import functional, modules
 from normops._ops import BUILD_INFO
 from normops.conversion import convert, revert
 from normops.modules import *  # noqa: F403
+from normops.registry import register_conversion
 
 __version__ = BUILD_INFO["version"]
 
-__all__ = ["convert", "functional", "revert", *modules.__all__]
+__all__ = ["convert", "functional", "register_conversion", "revert", *modules.__all__]

@@ -7,6 +7,11 @@ from normops import functional as F
 __all__ = ["GroupNorm", "LayerNorm", "LayerNorm2d", "RMSNorm"]
 
 
+def layer_norm_2d(input, *args):
+    """:func:`normops.functional.layer_norm` over dimension 1."""
+    return F.layer_norm(input.movedim(1, -1), *args).movedim(-1, 1)
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """Drop-in for :class:`torch.nn.LayerNorm`; see :func:`normops.functional.layer_norm`."""
 
@@ -49,7 +54,7 @@ class LayerNorm2d(LayerNorm):
             raise RuntimeError(
                 f"LayerNorm2d: expected input with {self.normalized_shape[0]} channels, got shape {list(input.shape)}"
             )
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        return layer_norm_2d(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -1,18 +1,11 @@
 """Layers of other libraries that compute what a layer of normops computes; registered when normops is imported.
 
-===========================================  ========================================================================
-classes                                      computed by
-===========================================  ========================================================================
-transformers, ``*RMSNorm``, T5 ``LayerNorm``  :func:`normops.functional.rms_norm`, in the four ways there are to round
-                                             and to apply the weight (Llama, T5, Gemma, and in float32 to the end)
-diffusers ``RMSNorm``                        the same, as T5
-transformers ``*LayerNorm`` with             :class:`normops.LayerNorm2d`, or :func:`normops.functional.layer_norm`
-``data_format`` (ConvNeXt, SAM)              for ``data_format="channels_last"``
-``LayerNorm2d`` of timm and transformers,    :class:`normops.LayerNorm2d`
-``WuerstchenLayerNorm``, ``SDCascadeLayerNorm``
-timm ``LayerNorm``, diffusers                :func:`normops.functional.layer_norm`
-``FP32LayerNorm``
-===========================================  ========================================================================
+- transformers, classes called ``*RMSNorm``, and ``T5LayerNorm`` and its copies: :func:`normops.functional.rms_norm`,
+  in the four ways there are to round and to apply the weight (Llama, T5, Gemma, and float32 to the end)
+- transformers, ``CohereLayerNorm`` and its copies: :func:`normops.functional.layer_norm`
+- transformers, ``*LayerNorm`` with a ``data_format`` (ConvNeXt, SAM) and ``*LayerNorm2d``; timm, ``LayerNorm2d``;
+  diffusers, ``WuerstchenLayerNorm`` and ``SDCascadeLayerNorm``: as :class:`normops.LayerNorm2d`
+- diffusers, ``RMSNorm`` without a bias, ``T5LayerNorm``, ``FP32LayerNorm``; timm, ``LayerNorm``
 
 These are name patterns, and a class that matches is converted only if the numbers agree (see
 :func:`normops.register_conversion`): a class that takes a gate or normalises something else stays as it is.
@@ -64,6 +57,11 @@ def gemma_rms_norm(module, input):
     return _rms_norm(module, input, 1.0 + module.weight.float())
 
 
+def cohere_layer_norm(module, input):
+    """All in float32, and without a bias."""
+    return F.layer_norm(input, module.weight.shape, module.weight, None, module.variance_epsilon)
+
+
 def layer_norm(module, input):
     return F.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
 
@@ -84,9 +82,9 @@ def _image(module):
 # Later ones are tried first: the most frequent come last.
 for _forward in (gemma_rms_norm, t5_layer_norm, wide_rms_norm, llama_rms_norm):
     register_conversion("transformers.models.*RMSNorm", _forward)
-for _name in ("T5", "LongT5", "MT5", "UMT5", "SwitchTransformers", "Pix2StructText", "Pop2Piano", "Udop"):
-    register_conversion(f"transformers.models.*.{_name}LayerNorm", t5_layer_norm)
-register_conversion("diffusers.models.*.RMSNorm", t5_layer_norm)
+for _name in ("transformers.models.*LayerNorm", "diffusers.models.*.T5LayerNorm", "diffusers.models.*.RMSNorm"):
+    register_conversion(_name, t5_layer_norm)
+register_conversion("transformers.models.*LayerNorm", cohere_layer_norm)
 for _name in ("transformers.models.*LayerNorm", "transformers.models.*LayerNorm2d", "timm.layers.*.LayerNorm2d"):
     register_conversion(_name, layer_norm_channels_first, input_shape=_image)
 for _name in ("diffusers.*.WuerstchenLayerNorm", "diffusers.*.SDCascadeLayerNorm"):

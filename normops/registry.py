@@ -237,8 +237,8 @@ def _difference(results, expected, eps):
     """What differs, if anything by more than roundings.
 
     A class may round to its dtype twice, where normops does once at the end: 2 units of the narrowest dtype. In its
-    backward it may round after each operation, and terms cancel: 8 units. Arithmetic in float32, or in float64 where all
-    is float64, adds up to 32 units of its own.
+    backward it may round after each operation, and terms cancel: 8 units. Arithmetic in float32, or in float64 where
+    all is float64, adds up to 32 units of its own.
     All of this is of the largest value, and far below what another formula would give on random data.
     """
     for name, theirs in expected.items():

@@ -32,6 +32,14 @@ TORCH_LIBRARY(normops, m) {
       "_channel_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight,"
       " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[3] output_mask)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("_channel_moments(Tensor input) -> (Tensor mean, Tensor var)");
+  m.def("_merge_moments(Tensor count, Tensor mean, Tensor var) -> (Tensor mean, Tensor var)");
+  m.def(
+      "_channel_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor var, float eps)"
+      " -> (Tensor sum_dy, Tensor sum_dy_xhat)");
+  m.def(
+      "_channel_grad_apply(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor sum_dy,"
+      " Tensor sum_dy_xhat, SymInt count, float eps) -> Tensor");
   m.def(
       "_update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum,"
       " SymInt count) -> ()");

@@ -13,6 +13,7 @@
 namespace normops {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Mask3 = std::array<bool, 3>;
 

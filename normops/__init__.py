@@ -11,7 +11,16 @@ from normops.acceleration import accelerate
 from normops.compilation import set_compile_mode
 from normops.conversion import convert, revert
 from normops.modules import *  # noqa: F403
+from normops.registry import register_conversion
 
 __version__ = BUILD_INFO["version"]
 
-__all__ = ["accelerate", "convert", "functional", "revert", "set_compile_mode", *modules.__all__]
+__all__ = [
+    "accelerate",
+    "convert",
+    "functional",
+    "register_conversion",
+    "revert",
+    "set_compile_mode",
+    *modules.__all__,
+]

@@ -70,6 +70,26 @@ def test_opcheck_of_running_stats(device):
         torch.library.opcheck(OPS._update_running_stats.default, (*stats, *new, 0.1, 20))
 
 
+def stages(x, dy):
+    """The arguments of every stage that is an operator of its own."""
+    mean, var = OPS._channel_moments(x)
+    sums = OPS._channel_grad_sums(dy, x, mean, var, 1e-5)
+    weight = torch.randn(x.shape[1], device=x.device)
+    return {
+        "_channel_moments": (x,),
+        "_merge_moments": (torch.tensor([3.0, 0.0, 2.0]), torch.randn(3, 6), torch.rand(3, 6)),
+        "_channel_grad_sums": (dy, x, mean, var, 1e-5),
+        "_channel_grad_apply": (dy, x, mean, var, weight, *sums, 3 * x.numel() // x.shape[1], 1e-5),
+    }
+
+
+@each_layout
+@pytest.mark.parametrize("op", ["_channel_moments", "_merge_moments", "_channel_grad_sums", "_channel_grad_apply"])
+def test_opcheck_of_stages(op, layout, device):
+    x, dy = (LAYOUTS[layout](torch.randn(SHAPE, device=device)) for _ in range(2))
+    torch.library.opcheck(getattr(OPS, op).default, stages(x, dy)[op])
+
+
 def lie(tensor):
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 

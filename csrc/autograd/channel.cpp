@@ -1,5 +1,6 @@
 // BatchNorm, InstanceNorm and GroupNorm as torch sees them: public operators, autograd, functorch.
 
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
@@ -240,6 +241,10 @@ TORCH_LIBRARY_IMPL(normops, Autograd, m) {
   m.impl("_channel_norm", channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
+  // The stages alone have no derivative: asking for one is an error, not a wrong number.
+  for (const char* stage : {"_channel_moments", "_merge_moments", "_channel_grad_sums", "_channel_grad_apply"}) {
+    m.impl(stage, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(normops, ADInplaceOrView, m) { m.impl("_update_running_stats", update_running_stats); }

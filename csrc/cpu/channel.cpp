@@ -167,6 +167,7 @@ void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t l
   }
 }
 
+// Any of the three stages can be left out: the first where statistics are given, the last where y is null.
 template <typename T>
 void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<T>> weight, Parameter<Acc<T>> bias,
              double eps, bool given, double* stat_mean, double* stat_var) {
@@ -227,6 +228,7 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
     });
   };
   const auto apply = [&](const Region& r) {
+    if (y.data == nullptr) return;
     for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       kernel.apply(tile, x.lines(g, k, r.first_channel), y.lines(g, k, r.first_channel),
@@ -236,15 +238,24 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
   run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
 }
 
+// Sums of dy and dy * xhat per channel over all of the `count` elements that share a statistic. Null: over this input.
+struct GradTotals {
+  const double* dy = nullptr;
+  const double* dy_xhat = nullptr;
+  double count = 0;
+};
+
 // dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
-// statistics are constants (evaluation).
-template <typename T>
+// statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
+// be only a part, and the whole is given as `totals`. The last is left out where dx is null.
+template <typename T, typename P>
 void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<Acc<T>> weight,
-              const double* stat_mean, const double* stat_var, double eps, bool given, Acc<T>* dweight, Acc<T>* dbias) {
+              const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
+              P* dweight, P* dbias) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
-  const bool sums_needed = dweight || dbias || !given;
+  const bool sums_needed = dweight || dbias || !(given || totals.dy);
   const Scratch<double> sum_dy(sums_needed ? g.segments() * C : 0), sum_dy_x(sums_needed ? g.segments() * C : 0);
   const Scratch<A> center(g.rows() * C), scale(g.rows() * C), slope(g.rows() * C), shift(g.rows() * C);
   for (int64_t group = 0; group < g.rows() * g.num_groups; ++group) {
@@ -287,14 +298,16 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t i = c; i < c + g.group_size(); ++i) scale[row * C + i] = A(rstd * weight[i]);
       if (given) return;
+      const int64_t at = row * row_segments * C;
+      const GradTotals sums =
+          totals.dy ? totals : GradTotals{sum_dy + at, sum_dy_x + at, double(g.elements_per_group())};
       double group_dy = 0, group_dy_xhat = 0;
-      const int64_t sums = row * row_segments * C;
       for (int64_t i = c; i < c + g.group_size(); ++i) {
-        group_dy += sum_dy[sums + i] * weight[i];
-        group_dy_xhat += sum_dy_x[sums + i] * weight[i];
+        group_dy += sums.dy[i] * weight[i];
+        group_dy_xhat += sums.dy_xhat[i] * weight[i];
       }
-      const double n = g.elements_per_group(), low = SplitMean<A>(stat_mean[group]).low;
-      const InputGradient gradient(rstd, low, group_dy / n, group_dy_xhat / n, /*centered=*/true);
+      const double low = SplitMean<A>(stat_mean[group]).low;
+      const InputGradient gradient(rstd, low, group_dy / sums.count, group_dy_xhat / sums.count, /*centered=*/true);
       std::fill_n(slope + (row * C + c), g.group_size(), A(gradient.slope));
       std::fill_n(shift + (row * C + c), g.group_size(), A(gradient.shift));
     });
@@ -313,15 +326,15 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
       }
     });
   };
-  run_stages(g, 2 * sizeof(T), given, reduce, merge, coefficients, apply);
+  run_stages(g, 2 * sizeof(T), given || totals.dy, reduce, merge, coefficients, apply);
 
-  const auto sum_rows = [&](const Scratch<double>& sums, A* total) {
+  const auto sum_rows = [&](const Scratch<double>& sums, P* total) {
     if (total == nullptr) return;
     parallel(C, g.rows(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         double sum = 0;
         for (int64_t row = 0; row < g.rows(); ++row) sum += sums[row * row_segments * C + c];
-        total[c] = A(sum);
+        total[c] = P(sum);
       }
     });
   };
@@ -383,12 +396,105 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
           backward<scalar_t>(g, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
                              {x.const_data_ptr<scalar_t>(), view.strides[0]},
                              {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
-                             means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats,
+                             means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats, {},
                              dweight.defined() ? dweight.mutable_data_ptr<A>() : nullptr,
                              dbias.defined() ? dbias.mutable_data_ptr<A>() : nullptr);
         });
   }
   return {dx, dweight, dbias};
+}
+
+// The stages one at a time, per channel and over the batch: between them SyncBatchNorm joins what its ranks have found.
+
+// An input as BatchNorm sees it.
+ChannelView batch_view(const std::vector<at::Tensor*>& tensors) {
+  const at::Tensor& input = *tensors.front();
+  return channel_view(tensors, input.dim() < 2 ? 0 : input.size(1), /*over_batch=*/true);
+}
+
+std::pair<at::Tensor, at::Tensor> zero_statistics(const at::Tensor& input) {
+  const auto options = input.options().dtype(at::kDouble);
+  return {at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
+}
+
+Tensors2 channel_moments(const at::Tensor& input) {
+  at::Tensor x = input;
+  const auto view = batch_view({&x});
+  const auto [mean, var] = zero_statistics(input);
+  if (view.geometry.elements() == 0) return {mean, var};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
+    forward<scalar_t>(view.geometry, {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, {{}, 0}, /*eps=*/1,
+                      /*given=*/false, mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
+  });
+  return {mean, var};
+}
+
+Tensors2 channel_grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                           const at::Tensor& var, double eps) {
+  at::Tensor x = input, dy = grad_output;
+  const auto view = batch_view({&x, &dy});
+  const auto [sum_dy, sum_dy_xhat] = zero_statistics(input);
+  const at::Tensor means = as_parameter(mean, input, input.size(1), at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, input, input.size(1), at::kDouble, "var");
+  if (view.geometry.elements() == 0) return {sum_dy, sum_dy_xhat};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_sums", [&] {
+    backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                       {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, means.const_data_ptr<double>(),
+                       vars.const_data_ptr<double>(), eps, /*given=*/true, {}, sum_dy_xhat.mutable_data_ptr<double>(),
+                       sum_dy.mutable_data_ptr<double>());
+  });
+  return {sum_dy, sum_dy_xhat};
+}
+
+at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                              const at::Tensor& var, const OptionalTensor& weight, const at::Tensor& sum_dy,
+                              const at::Tensor& sum_dy_xhat, int64_t count, double eps) {
+  at::Tensor x = input, dy = grad_output;
+  at::Tensor dx = at::empty_like(input, input.suggest_memory_format());
+  const auto view = batch_view({&x, &dy, &dx});
+  const auto statistic = [&](const at::Tensor& tensor, const char* name) {
+    return as_parameter(tensor, input, input.size(1), at::kDouble, name);
+  };
+  const at::Tensor means = statistic(mean, "mean"), vars = statistic(var, "var");
+  const at::Tensor dys = statistic(sum_dy, "sum_dy"), dys_xhat = statistic(sum_dy_xhat, "sum_dy_xhat");
+  if (view.geometry.elements() == 0) return dx;
+  TORCH_CHECK(count > 0, "normops: expected count > 0, got ", count);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
+    const at::Tensor w = as_parameter(weight, input, input.size(1), acc_type(input), "weight");
+    const GradTotals totals{dys.const_data_ptr<double>(), dys_xhat.const_data_ptr<double>(), double(count)};
+    double* const unwanted = nullptr;
+    backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                       {x.const_data_ptr<scalar_t>(), view.strides[0]},
+                       {dx.mutable_data_ptr<scalar_t>(), view.strides[2]}, {w, 1}, means.const_data_ptr<double>(),
+                       vars.const_data_ptr<double>(), eps, /*given=*/false, totals, unwanted, unwanted);
+  });
+  return dx;
+}
+
+// The moments of a whole from those of its parts, one a row, taken in order.
+Tensors2 merge_moments(const at::Tensor& count, const at::Tensor& mean, const at::Tensor& var) {
+  TORCH_CHECK(count.dim() == 1 && mean.dim() == 2 && mean.size(0) == count.size(0) && mean.sizes() == var.sizes(),
+              "normops: expected count of shape (R) and mean and var of shape (R, C), got ", count.sizes(), ", ",
+              mean.sizes(), " and ", var.sizes());
+  const int64_t parts = mean.size(0), channels = mean.size(1);
+  const at::Tensor counts = as_parameter(count, mean, parts, at::kDouble, "count");
+  const at::Tensor means = as_parameter(mean, mean, mean.numel(), at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, mean, mean.numel(), at::kDouble, "var");
+  at::Tensor merged_mean = at::zeros({channels}, means.options()), merged_var = at::zeros_like(merged_mean);
+  double* const total_mean = merged_mean.mutable_data_ptr<double>();
+  double* const total_m2 = merged_var.mutable_data_ptr<double>();
+  double total = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const double n = counts.const_data_ptr<double>()[part];
+    if (n == 0) continue;
+    const double* const part_mean = means.const_data_ptr<double>() + part * channels;
+    const double* const part_var = vars.const_data_ptr<double>() + part * channels;
+    const MomentsMerge merge(total, n);
+    for (int64_t c = 0; c < channels; ++c) merge(total_mean[c], total_m2[c], part_mean[c], part_var[c] * n);
+    total += n;
+  }
+  if (total > 0) merged_var.div_(total);
+  return {merged_mean, merged_var};
 }
 
 // running = (1 - momentum) * running + momentum * statistic, with the unbiased variance of `count` values; statistics
@@ -427,6 +533,10 @@ TORCH_LIBRARY_IMPL(normops, CPU, m) {
   m.impl("_update_running_stats", update_running_stats);
   m.impl("_channel_norm", channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
+  m.impl("_channel_moments", channel_moments);
+  m.impl("_channel_grad_sums", channel_grad_sums);
+  m.impl("_channel_grad_apply", channel_grad_apply);
+  m.impl("_merge_moments", merge_moments);
 }
 
 }  // namespace normops::cpu

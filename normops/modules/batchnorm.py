@@ -23,7 +23,7 @@ class _BatchNormForward:
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)  # the cumulative average
         keep_running = track or not self.training
-        return F.batch_norm(
+        return self._batch_norm(
             input,
             self.running_mean if keep_running else None,
             self.running_var if keep_running else None,
@@ -33,6 +33,9 @@ class _BatchNormForward:
             momentum,
             self.eps,
         )
+
+    def _batch_norm(self, *args):
+        return F.batch_norm(*args)
 
 
 class BatchNorm1d(_BatchNormForward, torch.nn.BatchNorm1d):

@@ -241,27 +241,31 @@ inline int __all_sync(unsigned mask, int predicate, NORMOPS_WHERE) {
 #define NORMOPS_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(normops::emulator::dynamic_shared())
 
 // The loads and stores with a cache hint are plain ones.
-template <typename T>
-T __ldg(const T* pointer) {
-  return *pointer;
-}
-#define NORMOPS_HINTED(hint)             \
-  template <typename T>                  \
-  T __ld##hint(const T* pointer) {       \
-    return *pointer;                     \
-  }                                      \
-  template <typename T>                  \
-  void __st##hint(T* pointer, T value) { \
-    *pointer = value;                    \
+#define NORMOPS_LOAD(name)   \
+  template <typename T>      \
+  T name(const T* pointer) { \
+    return *pointer;         \
   }
-NORMOPS_HINTED(cs)
-NORMOPS_HINTED(cg)
-NORMOPS_HINTED(ca)
-NORMOPS_HINTED(wb)
-NORMOPS_HINTED(wt)
-#undef NORMOPS_HINTED
+#define NORMOPS_STORE(name)                              \
+  template <typename T>                                  \
+  void name(T* pointer, std::type_identity_t<T> value) { \
+    *pointer = value;                                    \
+  }
+NORMOPS_LOAD(__ldg)
+NORMOPS_LOAD(__ldca)
+NORMOPS_LOAD(__ldcg)
+NORMOPS_LOAD(__ldcs)
+NORMOPS_LOAD(__ldlu)
+NORMOPS_LOAD(__ldcv)
+NORMOPS_STORE(__stwb)
+NORMOPS_STORE(__stcg)
+NORMOPS_STORE(__stcs)
+NORMOPS_STORE(__stwt)
+#undef NORMOPS_LOAD
+#undef NORMOPS_STORE
 
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+// One thread runs at a time: only the compiler must be kept from moving accesses.
+inline void __threadfence() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() { __threadfence(); }
 inline void __threadfence_system() { __threadfence(); }
 

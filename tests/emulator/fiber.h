@@ -102,6 +102,13 @@ class Fiber {
 #endif
   }
 
+  // Nothing will switch here before the next `start`.
+  void stop() {
+#ifdef NORMOPS_EMULATOR_TSAN
+    if (tsan_) __tsan_destroy_fiber(std::exchange(tsan_, nullptr));
+#endif
+  }
+
   // Leaves `this`, which is running, for `to`; returns when someone switches back.
   void switch_to(Fiber& to) {
 #ifdef NORMOPS_EMULATOR_ASAN
@@ -133,12 +140,6 @@ class Fiber {
 
  private:
   static size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
-
-  void stop() {
-#ifdef NORMOPS_EMULATOR_TSAN
-    if (tsan_) __tsan_destroy_fiber(std::exchange(tsan_, nullptr));
-#endif
-  }
 
   bool owns_ = false;
   char* bottom_ = nullptr;

@@ -279,7 +279,7 @@ void add_array(Launch& launch, const ArrayRequest& request) {
 }
 
 void run_threads(Launch& launch) {
-  constexpr uint64_t kSpins = 10'000'000;
+  constexpr uint64_t kSpins = 1'000'000;
   bool answered = false;  // then the same thread goes on
   while (!launch.ready.empty()) {
     if (!answered) std::swap(launch.ready[launch.draw(launch.ready.size())], launch.ready.front());

@@ -328,7 +328,7 @@ const std::map<std::string, void (*)(Arguments)> kToys = {
     TOY(mask_without_caller, 1, 32, 0),
     TOY(reads_lane_outside_mask, 1, 32, 0),
     TOY(reads_returned_lane, 1, 32, 0),
-    {"global_overrun", [](Arguments a) { launch(global_overrun, {1, 64}, nullptr, a.x, a.y, a.n); }},
+    {"global_overrun", [](Arguments a) { launch(global_overrun, {1, 128}, nullptr, a.x, a.y, a.n); }},
     TOY(static_overrun, 1, 32, 0),
     TOY(static_index, 1, 32, 0),
     TOY(dynamic_overrun, 1, 32, 128),

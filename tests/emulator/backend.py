@@ -12,7 +12,8 @@ SHARED = [ROOT / "csrc" / name for name in ("checks.cpp", "tensors.cpp")]
 
 
 def exists():
-    return CUDA.is_dir()
+    """Whether there are CUDA kernels to emulate."""
+    return any(CUDA.glob("*.cu"))
 
 
 @functools.cache

@@ -25,7 +25,8 @@ extern "C" {
 void normops_emulated_enter() {
   Silent silent;
   const c10::WarningUtils::WarningHandlerGuard guard(&silent);
-  library = std::make_unique<torch::Library>(torch::Library::IMPL, "normops", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  library =
+      std::make_unique<torch::Library>(torch::Library::IMPL, "normops", c10::DispatchKey::CPU, __FILE__, __LINE__);
   normops::cuda::add_cuda_kernels(*library);
 }
 

@@ -1,0 +1,59 @@
+"""The layers on emulated kernels: what does not follow from running their tests on the device ``emulated``."""
+
+import pytest
+import torch
+from cases import CASES, SHAPE, each_case
+
+from emulator import backend
+from emulator.build import HERE
+from emulator.sanitizers import run_python
+
+pytestmark = pytest.mark.skipif(not backend.exists(), reason="there are no CUDA kernels")
+
+
+def outputs(case):
+    torch.manual_seed(0)
+    sample = case.sample((5, 6, 9, 10))
+    return sample.results(grad=torch.randn_like(sample.input))
+
+
+@each_case
+def test_the_order_of_threads_changes_nothing(case):
+    with backend.entered():
+        try:
+            results = []
+            for seed in (0, 1, 2, 3):
+                backend.library().seed(seed)
+                results.append(outputs(case))
+        finally:
+            backend.library().seed(1)
+    for other in results[1:]:
+        assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+def test_the_backend_comes_and_goes(capfd):
+    def launches():
+        return sum(launches.launches for launches in backend.library().report())
+
+    x, counts = torch.randn(SHAPE), []
+    for _ in range(2):
+        with backend.entered():
+            CASES[0].sample().with_input(x).run()
+        counts.append(launches())
+        CASES[0].sample().with_input(x).run()
+        assert launches() == counts[-1], "outside, nothing is emulated"
+    assert counts[0] < counts[1]
+    assert "verrid" not in capfd.readouterr().err, "no warning of kernels that take the place of others"
+
+
+# Every kernel in a few shapes: values, tails, channels_last, dtypes.
+SELECTION = "emulated and (test_equals_reference or test_channels_last)"
+
+
+@pytest.mark.parametrize("variant", ["asan", "tsan"])
+def test_sanitizers_find_nothing(variant):
+    files = [str(HERE.parent / f"test_{name}.py") for name in ("forward", "backward", "dtypes")]
+    arguments = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *files]
+    done = run_python(variant, *arguments, NORMOPS_EMULATOR_VARIANT=variant)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-10000:]
+    assert "CUDA kernels" in done.stdout and "Sanitizer" not in done.stdout + done.stderr

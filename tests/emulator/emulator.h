@@ -107,9 +107,8 @@ void run(const void* kernel, const cuda::LaunchConfig& config, void (*body)(void
 
 // Waits for the others of the scope. For a block, the result is how many predicates were not 0.
 uint64_t barrier(Scope scope, const char* name, uint64_t predicate, const Where& where);
-void warp_barrier(unsigned mask, const Where& where);
-// Waits for the lanes in `mask`; the result is the value of lane `source`, or the lanes whose value is not 0.
-uint64_t exchange(const char* name, unsigned mask, uint64_t value, int source, const Where& where);
+// Waits for the lanes in `mask`; the result is the value of lane `source`, or (kBallot) which lanes' values are not 0.
+uint64_t warp_meeting(Scope scope, const char* name, unsigned mask, uint64_t value, int source, const Where& where);
 unsigned lane();
 // Lets other threads run; without it a thread that waits for another in a loop would wait for ever.
 void yield();
@@ -125,18 +124,17 @@ void set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 int blocks_per_multiprocessor(int threads, size_t shared_bytes);
 
 template <typename T>
-uint64_t to_bits(T value) {
-  static_assert(std::is_arithmetic_v<T> && sizeof(T) <= 8, "warp exchanges take arithmetic types of up to 8 bytes");
+T shuffle(const char* name, unsigned mask, T value, int source, const Where& where) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) <= 8, "shuffles take arithmetic types of up to 8 bytes");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  return bits;
-}
-
-template <typename T>
-T from_bits(uint64_t bits) {
-  T value;
+  bits = warp_meeting(Scope::kExchange, name, mask, bits, source, where);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
+}
+
+inline uint64_t ballot(const char* name, unsigned mask, bool predicate, const Where& where) {
+  return warp_meeting(Scope::kExchange, name, mask, predicate, kBallot, where);
 }
 
 }  // namespace normops::emulator
@@ -179,55 +177,53 @@ inline void __syncthreads(NORMOPS_WHERE) {
   normops::emulator::barrier(normops::emulator::Scope::kBlock, "__syncthreads", 0, where);
 }
 inline int __syncthreads_count(int predicate, NORMOPS_WHERE) {
-  return int(
-      normops::emulator::barrier(normops::emulator::Scope::kBlock, "__syncthreads_count", predicate != 0, where));
+  using namespace normops::emulator;
+  return int(barrier(Scope::kBlock, "__syncthreads_count", predicate != 0, where));
 }
 inline int __syncthreads_or(int predicate, NORMOPS_WHERE) {
-  return normops::emulator::barrier(normops::emulator::Scope::kBlock, "__syncthreads_or", predicate != 0, where) != 0;
+  using namespace normops::emulator;
+  return barrier(Scope::kBlock, "__syncthreads_or", predicate != 0, where) != 0;
 }
 inline int __syncthreads_and(int predicate, NORMOPS_WHERE) {
-  return normops::emulator::barrier(normops::emulator::Scope::kBlock, "__syncthreads_and", predicate == 0, where) == 0;
+  using namespace normops::emulator;
+  return barrier(Scope::kBlock, "__syncthreads_and", predicate == 0, where) == 0;
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, NORMOPS_WHERE) { normops::emulator::warp_barrier(mask, where); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, NORMOPS_WHERE) {
+  using namespace normops::emulator;
+  warp_meeting(Scope::kWarp, "__syncwarp", mask, 0, kBallot, where);
+}
 
-// Lanes are grouped by `width`; a lane whose source would lie outside its group gets its own value back.
+// Lanes are grouped by `width`; a lane whose source would lie beyond its group gets its own value back.
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, NORMOPS_WHERE) {
   const int lane = int(normops::emulator::lane());
-  return normops::emulator::from_bits<T>(normops::emulator::exchange(
-      "__shfl_sync", mask, normops::emulator::to_bits(value), (lane & -width) | (source & (width - 1)), where));
+  return normops::emulator::shuffle("__shfl_sync", mask, value, (lane & -width) | (source & (width - 1)), where);
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, NORMOPS_WHERE) {
-  const int lane = int(normops::emulator::lane()), source = lane - int(delta);
-  return normops::emulator::from_bits<T>(normops::emulator::exchange(
-      "__shfl_up_sync", mask, normops::emulator::to_bits(value), source < (lane & -width) ? lane : source, where));
+  const int lane = int(normops::emulator::lane()), source = lane - int(delta), first = lane & -width;
+  return normops::emulator::shuffle("__shfl_up_sync", mask, value, source < first ? lane : source, where);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, NORMOPS_WHERE) {
-  const int lane = int(normops::emulator::lane()), source = lane + int(delta);
-  return normops::emulator::from_bits<T>(
-      normops::emulator::exchange("__shfl_down_sync", mask, normops::emulator::to_bits(value),
-                                  source > (lane | (width - 1)) ? lane : source, where));
+  const int lane = int(normops::emulator::lane()), source = lane + int(delta), last = lane | (width - 1);
+  return normops::emulator::shuffle("__shfl_down_sync", mask, value, source > last ? lane : source, where);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, NORMOPS_WHERE) {
-  const int lane = int(normops::emulator::lane()), source = lane ^ lane_mask;
-  return normops::emulator::from_bits<T>(
-      normops::emulator::exchange("__shfl_xor_sync", mask, normops::emulator::to_bits(value),
-                                  source > (lane | (width - 1)) ? lane : source, where));
+  const int lane = int(normops::emulator::lane()), source = lane ^ lane_mask, last = lane | (width - 1);
+  return normops::emulator::shuffle("__shfl_xor_sync", mask, value, source > last ? lane : source, where);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, NORMOPS_WHERE) {
-  return unsigned(
-      normops::emulator::exchange("__ballot_sync", mask, predicate != 0, normops::emulator::kBallot, where));
+  return unsigned(normops::emulator::ballot("__ballot_sync", mask, predicate != 0, where));
 }
 inline int __any_sync(unsigned mask, int predicate, NORMOPS_WHERE) {
-  return normops::emulator::exchange("__any_sync", mask, predicate != 0, normops::emulator::kBallot, where) != 0;
+  return normops::emulator::ballot("__any_sync", mask, predicate != 0, where) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate, NORMOPS_WHERE) {
-  return normops::emulator::exchange("__all_sync", mask, predicate == 0, normops::emulator::kBallot, where) == 0;
+  return normops::emulator::ballot("__all_sync", mask, predicate == 0, where) == 0;
 }
 
 // ---- Memory ---------------------------------------------------------------------------------------------------------

@@ -64,8 +64,7 @@ class Fiber {
 
   // A stack, with a page below it that faults when it overflows. The stack is used again by every `start`.
   explicit Fiber(size_t stack_bytes) : owns_(true), bytes_(stack_bytes) {
-    void* memory = mmap(nullptr, bytes_ + page(), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    void* memory = mmap(nullptr, bytes_ + page(), PROT_READ | PROT_WRITE, kMapping, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, page(), PROT_NONE);
     bottom_ = static_cast<char*>(memory) + page();
@@ -85,7 +84,9 @@ class Fiber {
     fake_stack_ = nullptr;
 #endif
 #ifdef NORMOPS_EMULATOR_TSAN
+    // Fresh memory: to ThreadSanitizer, the traces of whatever ran here before would be another thread's.
     stop();
+    mmap(bottom_, bytes_, PROT_READ | PROT_WRITE, kMapping | MAP_FIXED, -1, 0);
     tsan_ = __tsan_create_fiber(0);
 #endif
 #ifdef NORMOPS_EMULATOR_UCONTEXT
@@ -139,6 +140,7 @@ class Fiber {
   }
 
  private:
+  static constexpr int kMapping = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK;
   static size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
 
   bool owns_ = false;
@@ -155,5 +157,19 @@ class Fiber {
   void* tsan_ = nullptr;
 #endif
 };
+
+// ThreadSanitizer is told what orders memory: a release of `place` and the acquires that follow it.
+inline void release(const void* place) {
+#ifdef NORMOPS_EMULATOR_TSAN
+  __tsan_release(const_cast<void*>(place));
+#endif
+  (void)place;
+}
+inline void acquire(const void* place) {
+#ifdef NORMOPS_EMULATOR_TSAN
+  __tsan_acquire(const_cast<void*>(place));
+#endif
+  (void)place;
+}
 
 }  // namespace normops::emulator

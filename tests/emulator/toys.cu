@@ -157,7 +157,7 @@ __global__ void spins(float* y, unsigned* flag) {
     while (atomicAdd(flag, 0) == 0) y[0] = 1;
 }
 
-__global__ void mask_of_absent_lanes(float* y) {
+__global__ void mask_of_returned_lanes(float* y) {
   if (threadIdx.x < 16) y[threadIdx.x] = __shfl_xor_sync(kAll, 1.f, 1);
 }
 
@@ -323,12 +323,12 @@ const std::map<std::string, void (*)(Arguments)> kToys = {
     TOY(barrier_in_one_branch, 1, 64, 0),
     {"grid_barrier_left_out", [](Arguments a) { launch(grid_barrier_left_out, all_at_once(3, 32), nullptr, a.y); }},
     {"spins", [](Arguments a) { launch(spins, {1, 32}, nullptr, a.y, reinterpret_cast<unsigned*>(a.y + 8)); }},
-    TOY(mask_of_absent_lanes, 1, 32, 0),
+    TOY(mask_of_returned_lanes, 1, 32, 0),
     TOY(different_shuffles, 1, 32, 0),
     TOY(mask_without_caller, 1, 32, 0),
     TOY(reads_lane_outside_mask, 1, 32, 0),
     TOY(reads_returned_lane, 1, 32, 0),
-    {"global_overrun", [](Arguments a) { launch(global_overrun, {1, 64}, nullptr, a.x, a.y, a.n); }},
+    {"global_overrun", [](Arguments a) { launch(global_overrun, {1, 128}, nullptr, a.x, a.y, a.n); }},
     TOY(static_overrun, 1, 32, 0),
     TOY(static_index, 1, 32, 0),
     TOY(dynamic_overrun, 1, 32, 128),

@@ -21,7 +21,8 @@ def exists():
 def library():
     """Compiled at first use, with a sanitizer if NORMOPS_EMULATOR_VARIANT says so."""
     variant = os.environ.get("NORMOPS_EMULATOR_VARIANT", "plain")
-    others = [*sorted(CUDA.glob("*.cpp")), *SHARED, ROOT / "tests" / "emulator" / "backend.cpp"]
+    glue = sorted(path for path in CUDA.glob("*.cpp") if path.name != "register.cpp")  # which is for CUDA tensors
+    others = [*glue, *SHARED, ROOT / "tests" / "emulator" / "backend.cpp"]
     return Library(build("backend", sorted(CUDA.glob("*.cu")), others, variant, torch=True))
 
 

@@ -1,6 +1,8 @@
 """Runs Python with a sanitizer's library loaded before anything else."""
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +19,14 @@ def _runtime(name):
     return path if os.path.isabs(path) else None
 
 
+@functools.cache
+def _fixed_addresses():
+    """The command for them, if it may be used here."""
+    command = ["setarch", "-R"]
+    allowed = shutil.which(command[0]) and not subprocess.run([*command, "true"], capture_output=True).returncode
+    return command if allowed else []
+
+
 def run_python(variant, *arguments, **environment):
     """Runs Python in a process of its own; ``variant`` as in ``build``."""
     environment = {
@@ -29,8 +39,11 @@ def run_python(variant, *arguments, **environment):
         **OPTIONS[variant],
         **environment,
     }
+    command = [sys.executable, *arguments]
     if variant != "plain":
         if not (library := _runtime(f"lib{variant}.so")):
             pytest.skip(f"{CXX} has no lib{variant}")
-        environment["LD_PRELOAD"] = f"{library} {_runtime('libstdc++.so.6')}"
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+        command = ["env", f"LD_PRELOAD={library} {_runtime('libstdc++.so.6')}", *command]
+    if variant == "tsan":  # that of older compilers does not start where addresses are drawn from too wide a range
+        command = [*_fixed_addresses(), *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -46,14 +46,23 @@ def test_the_backend_comes_and_goes(capfd):
     assert "verrid" not in capfd.readouterr().err, "no warning of kernels that take the place of others"
 
 
-# Each layer forward and backward, contiguous and channels_last: ThreadSanitizer takes 0.3 ms a thread.
-SELECTION = "emulated and (input-weight-bias or (test_channels_last and bfloat16))"
-
-
-@pytest.mark.parametrize("variant", ["asan", "tsan"])
-def test_sanitizers_find_nothing(variant):
-    files = [str(HERE.parent / f"test_{name}.py") for name in ("forward", "backward", "dtypes")]
-    arguments = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *files]
-    done = run_python(variant, *arguments, NORMOPS_EMULATOR_VARIANT=variant)
+def run_tests(files, selection, variant="plain", **environment):
+    """Runs the layers' tests on the device ``emulated``, in a process of their own."""
+    paths = [str(HERE.parent / f"test_{name}.py") for name in files]
+    arguments = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", f"emulated and ({selection})", *paths]
+    done = run_python(variant, *arguments, NORMOPS_EMULATOR_VARIANT=variant, **environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-10000:]
     assert "CUDA kernels" in done.stdout and "Sanitizer" not in done.stdout + done.stderr
+
+
+# Each layer forward and backward, contiguous and channels_last: ThreadSanitizer takes 0.3 ms a thread.
+@pytest.mark.parametrize("variant", ["asan", "tsan"])
+def test_sanitizers_find_nothing(variant):
+    run_tests(["backward", "dtypes"], "input-weight-bias or (test_channels_last and bfloat16)", variant)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86"])
+def test_older_architectures(architecture):
+    """There a block has less shared memory, and there are no clusters."""
+    selection = "input-weight-bias or test_chunks or test_channels_last_segments"
+    run_tests(["backward", "edge_cases"], selection, NORMOPS_EMULATOR_ARCH=architecture)

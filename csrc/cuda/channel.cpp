@@ -78,23 +78,34 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
     using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     const Plan plan = plan_of(view, {&x, &output});
-    const auto lay_out = [&](Scratch scratch) {
-      auto* const partials = given ? nullptr : scratch.take<ChunkMoments>(plan.partials());
-      const auto coefficients = take_coefficients<A>(scratch, g.rows() * g.channels);
-      return std::tuple(partials, coefficients, scratch.bytes());
-    };
-    const at::Tensor memory = allocate(input, std::get<2>(lay_out(Scratch())));
-    const auto [partials, coefficients, bytes] = lay_out(Scratch(memory.mutable_data_ptr()));
     const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
+    const ChannelTensor<scalar_t> to{output.mutable_data_ptr<scalar_t>(), view.strides[1]};
     void* const stream = here.stream();
+    ForwardMerge<A> merge{nullptr,
+                          means.pointer(),
+                          vars.pointer(),
+                          weights.pointer(),
+                          biases.pointer(),
+                          eps,
+                          /*reciprocal=*/false,
+                          mean.mutable_data_ptr<double>(),
+                          var.mutable_data_ptr<double>(),
+                          {}};
+    if (!given && slab_fits<scalar_t>(plan, /*backward=*/false)) {
+      slab_forward(plan, from, to, merge, stream);
+      return;
+    }
+    ChunkMoments* partials = nullptr;
+    const auto lay_out = [&](Scratch scratch) {
+      if (!given) merge.partials = partials = scratch.take<ChunkMoments>(plan.partials());
+      merge.coefficients = take_coefficients<A>(scratch, g.rows() * g.channels);
+      return scratch.bytes();
+    };
+    const at::Tensor memory = allocate(input, lay_out(Scratch()));
+    lay_out(Scratch(memory.mutable_data_ptr()));
     if (!given) channel_moments(plan, from, partials, stream);
-    channel_merge(plan,
-                  ForwardMerge<A>{partials, means.pointer(), vars.pointer(), weights.pointer(), biases.pointer(), eps,
-                                  /*reciprocal=*/false, mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>(),
-                                  coefficients},
-                  stream);
-    channel_apply<scalar_t, A>(plan, from, {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, coefficients, nullptr,
-                               nullptr, stream);
+    channel_merge(plan, merge, stream);
+    channel_apply<scalar_t, A>(plan, from, to, merge.coefficients, nullptr, nullptr, stream);
   });
   return {output, mean, var};
 }
@@ -128,35 +139,49 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
       at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
         using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
         const Plan plan = output_mask[0] ? plan_of(view, {&x, &dy, &dx}) : plan_of(view, {&x, &dy});
-        const auto lay_out = [&](Scratch scratch) {
-          auto* const partials = sums_needed ? scratch.take<ChunkGradients>(plan.partials()) : nullptr;
-          const int64_t size = g.rows() * g.channels;
-          auto* const sums = parameters && g.rows() > 1 ? scratch.take<double>(2 * size) : nullptr;
-          const auto coefficients = take_coefficients<A>(scratch, size);
-          return std::tuple(partials, sums, coefficients, scratch.bytes());
-        };
-        const at::Tensor memory = allocate(input, std::get<3>(lay_out(Scratch())));
-        auto [partials, sums, coefficients, bytes] = lay_out(Scratch(memory.mutable_data_ptr()));
         const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
         const ChannelTensor<const scalar_t> grad{dy.const_data_ptr<scalar_t>(), view.strides[1]};
+        const ChannelTensor<scalar_t> to{data_or_null<scalar_t>(dx), view.strides.back()};
         void* const stream = here.stream();
-            if (sums_needed) {
-          channel_grad_sums<scalar_t, A>(plan, grad, from, means.const_data_ptr<double>(), nullptr, partials, stream);
+        BackwardMerge<A> merge{nullptr,
+                               weights.pointer(),
+                               means.const_data_ptr<double>(),
+                               vars.const_data_ptr<double>(),
+                               eps,
+                               /*reciprocal=*/false,
+                               input_stats,
+                               data_or_null<A>(dweight),
+                               data_or_null<A>(dbias),
+                               nullptr,
+                               {}};
+        const bool on_chip = input_stats && slab_fits<scalar_t>(plan, /*backward=*/true);
+        ChunkGradients* partials = nullptr;
+        const auto lay_out = [&](Scratch scratch) {
+          const int64_t size = g.rows() * g.channels;
+          if (parameters && g.rows() > 1) merge.sums = scratch.take<double>(2 * size);
+          if (on_chip) return scratch.bytes();
+          if (sums_needed) merge.partials = partials = scratch.take<ChunkGradients>(plan.partials());
+          merge.coefficients = take_coefficients<A>(scratch, size);
+          return scratch.bytes();
+        };
+        const size_t bytes = lay_out(Scratch());
+        const at::Tensor memory = bytes ? allocate(input, bytes) : at::Tensor();
+        if (bytes) lay_out(Scratch(memory.mutable_data_ptr()));
+        if (on_chip) {
+          slab_backward(plan, grad, from, to, merge, stream);
+          return;
         }
-        channel_grad_merge(
-            plan,
-            BackwardMerge<A>{partials, weights.pointer(), means.const_data_ptr<double>(),
-                             vars.const_data_ptr<double>(), eps, /*reciprocal=*/false, input_stats,
-                             data_or_null<A>(dweight), data_or_null<A>(dbias), sums, coefficients},
-            stream);
+        if (sums_needed) {
+          channel_grad_sums<scalar_t, A>(plan, grad, from, merge.mean, nullptr, partials, stream);
+        }
+        channel_grad_merge(plan, merge, stream);
         if (!output_mask[0]) return;
-        const ChannelTensor<scalar_t> to{dx.mutable_data_ptr<scalar_t>(), view.strides[2]};
         if (input_stats) {
-          channel_grad_apply<scalar_t, A>(plan, grad, from, to, coefficients, stream);
+          channel_grad_apply<scalar_t, A>(plan, grad, from, to, merge.coefficients, stream);
         } else {
           // Of the input gradient only scale * dy is left, and x need not be read.
-          coefficients.center = coefficients.shift = nullptr;
-          channel_apply<scalar_t, A>(plan, grad, to, coefficients, nullptr, nullptr, stream);
+          merge.coefficients.center = merge.coefficients.shift = nullptr;
+          channel_apply<scalar_t, A>(plan, grad, to, merge.coefficients, nullptr, nullptr, stream);
         }
       });
   return {dx, dweight, dbias};

@@ -117,7 +117,7 @@ struct BackwardMerge {
   bool input_stats;  // false: the statistics are constants
   A* dweight;        // null: not wanted
   A* dbias;
-  double* sums;  // (2, rows, channels), if there is more than one row
+  double* sums;  // (2, rows, channels), if dweight or dbias is wanted of more than one row; otherwise null
   Coefficients<A> coefficients;
 };
 template <typename A>
@@ -130,6 +130,16 @@ void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> 
 template <typename T, typename A>
 void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
                         const Coefficients<A>& coefficients, void* stream);
+
+// All stages at once, where all elements that share a statistic fit in one block. Partials and coefficients are not used.
+template <typename T>
+bool slab_fits(const Plan& plan, bool backward);
+template <typename T, typename A>
+void slab_forward(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const ForwardMerge<A>& args,
+                  void* stream);
+template <typename T, typename A>
+void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
+                   const BackwardMerge<A>& args, void* stream);
 
 // The input gradient of long rows together with the sums for dweight and dbias, (chunks, 2, channels) in `partials`.
 // The plan is that of the matrix of rows seen as positions, with the elements of a row as channels.

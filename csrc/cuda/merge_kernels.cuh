@@ -3,25 +3,12 @@
 // Stage 2 of the channel engine, in double: what the chunks of a channel and the channels of a group add up to, and the
 // coefficients that follow. A block takes one group of channels or, where each channel is a group, 32 of them.
 
+#include "any_array.cuh"
 #include "walk.cuh"
 
 namespace normops::cuda {
 
 constexpr int kMergeColumns = kWarp, kMergeRows = 8;
-
-__device__ __forceinline__ double read(const AnyArray& array, int64_t i) {
-  if (array.data == nullptr) return array.absent;
-  switch (array.type) {
-    case ElementType::kFloat:
-      return static_cast<const float*>(array.data)[i];
-    case ElementType::kDouble:
-      return static_cast<const double*>(array.data)[i];
-    case ElementType::kHalf:
-      return static_cast<float>(static_cast<const c10::Half*>(array.data)[i]);
-    default:
-      return static_cast<float>(static_cast<const c10::BFloat16*>(array.data)[i]);
-  }
-}
 
 // Where a block of the merge is: threads side by side have adjacent channels, threads below each other share them.
 struct MergeBlock {
@@ -101,8 +88,8 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeRows) merge_kernel(const 
     });
     var = block.across(block.down(m2)) / count;
   } else {
-    mean = read(a.given_mean, at);
-    var = read(a.given_var, at);
+    mean = read_as<double>(a.given_mean, at);
+    var = read_as<double>(a.given_var, at);
   }
   const double rstd = 1 / sqrt(var + a.eps);
   const SplitMean<A> split(mean);
@@ -114,10 +101,10 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeRows) merge_kernel(const 
   block.each_channel([&](int64_t c) {
     if (c >= block.channels) return;
     const int64_t channel = block.first_channel + c, i = block.row * plan.channels + channel;
-    const double factor = rstd * read(a.weight, channel);
+    const double factor = rstd * read_as<double>(a.weight, channel);
     a.coefficients.center[i] = split.center;
     a.coefficients.scale[i] = A(factor);
-    a.coefficients.shift[i] = A(read(a.bias, channel) - split.low * factor);
+    a.coefficients.shift[i] = A(read_as<double>(a.bias, channel) - split.low * factor);
   });
 }
 
@@ -143,11 +130,11 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeRows)
       dy_x = block.down(dy_x);
       if (c >= block.channels) return;
       const int64_t channel = block.first_channel + c;
-      const double dy_xhat = (dy_x - split.low * dy) * rstd, weight = read(a.weight, channel);
+      const double dy_xhat = (dy_x - split.low * dy) * rstd, weight = read_as<double>(a.weight, channel);
       group_dy += dy * weight;
       group_dy_xhat += dy_xhat * weight;
       if (threadIdx.y > 0) return;
-      if (plan.rows > 1 && a.sums) {
+      if (a.sums) {
         const int64_t i = block.row * plan.channels + channel;
         a.sums[i] = dy_xhat;
         a.sums[plan.rows * plan.channels + i] = dy;
@@ -166,7 +153,7 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeRows)
     if (c >= block.channels) return;
     const int64_t channel = block.first_channel + c, i = block.row * plan.channels + channel;
     a.coefficients.center[i] = split.center;
-    a.coefficients.scale[i] = A(rstd * read(a.weight, channel));
+    a.coefficients.scale[i] = A(rstd * read_as<double>(a.weight, channel));
     a.coefficients.slope[i] = a.input_stats ? A(gradient.slope) : A(0);
     a.coefficients.shift[i] = a.input_stats ? A(gradient.shift) : A(0);
   });
@@ -206,7 +193,7 @@ static __global__ void __launch_bounds__(kWalkThreads) running_stats_kernel(cons
   for (int64_t row = 0; row < a.rows; ++row) sum += a.statistic[which][row * a.channels + channel];
   const double statistic = a.momentum * a.correction[which] * (sum / a.rows);
   const int64_t i = channel * a.stride[which];
-  const double old = read({a.running[which], a.type[which], 0}, i);
+  const double old = read_as<double>({a.running[which], a.type[which], 0}, i);
   const double moved = (1 - a.momentum) * old + statistic;
   switch (a.type[which]) {
     case ElementType::kFloat:

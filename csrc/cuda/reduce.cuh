@@ -21,15 +21,12 @@ __device__ __forceinline__ void sum_lanes(A (&terms)[kTerms], int width) {
   }
 }
 
-// Over a row's threads: a group of lanes, or the whole block, which is then a multiple of 32 threads. `shared` holds
-// kTerms * kWarp values and may be used again only after another barrier.
+// Over all threads of a block, a multiple of 32. `shared` holds kTerms * kWarp values and may be used again only after
+// another barrier.
 template <int kTerms, typename A>
-__device__ __forceinline__ void sum_threads(A (&terms)[kTerms], int threads, A* shared) {
-  if (threads <= kWarp) {
-    sum_lanes(terms, threads);
-    return;
-  }
+__device__ __forceinline__ void block_sum(A (&terms)[kTerms], int threads, A* shared) {
   sum_lanes(terms, kWarp);
+  if (threads == kWarp) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = threads / kWarp;
   if (lane == 0) {
 #pragma unroll
@@ -39,6 +36,16 @@ __device__ __forceinline__ void sum_threads(A (&terms)[kTerms], int threads, A* 
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) terms[k] = lane < warps ? shared[k * kWarp + lane] : A(0);
   sum_lanes(terms, kWarp);
+}
+
+// Over a row's threads: a group of lanes, or the whole block.
+template <int kTerms, typename A>
+__device__ __forceinline__ void sum_threads(A (&terms)[kTerms], int threads, A* shared) {
+  if (threads <= kWarp) {
+    sum_lanes(terms, threads);
+  } else {
+    block_sum(terms, threads, shared);
+  }
 }
 
 // 1 / sqrt(var + eps). A variance may come out of rounding a little below zero; NaN stays NaN.

@@ -23,7 +23,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 ENVIRONMENT := $(VENV)/.ready-$(notdir $(PYTHON))-$(subst =,,$(TORCH))
 endif
 
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: bench test build lint format package clean
 

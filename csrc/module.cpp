@@ -35,7 +35,11 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["instruction_sets"] = NORMOPS_INSTRUCTION_SETS;
   info["openmp"] = _OPENMP;
+#ifdef NORMOPS_CUDA
+  info["cuda"] = NORMOPS_CUDA;
+#else
   info["cuda"] = py::none();
+#endif
   return info;
 }
 

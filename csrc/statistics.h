@@ -2,6 +2,13 @@
 
 #include <cstdint>
 
+// nvcc compiles these for both sides; the attribute keeps the CPU's copies out of the linker's sight.
+#ifdef __CUDACC__
+#define NORMOPS_HOST_DEVICE __host__ __device__
+#else
+#define NORMOPS_HOST_DEVICE
+#endif
+
 namespace normops {
 
 // Joins the moments (mean and sum of squared deviations) of a set of `count` numbers with those of `added` more:
@@ -11,9 +18,9 @@ struct MomentsMerge {
   double share;  // weight of the added mean
   double cross;  // weight of the squared distance between the two means
 
-  MomentsMerge(double count, double added) : share(added / (count + added)), cross(count * (added / (count + added))) {}
+  NORMOPS_HOST_DEVICE MomentsMerge(double count, double added) : share(added / (count + added)), cross(count * (added / (count + added))) {}
 
-  __attribute__((always_inline)) void operator()(double& mean, double& m2, double added_mean, double added_m2) const {
+  NORMOPS_HOST_DEVICE __attribute__((always_inline)) void operator()(double& mean, double& m2, double added_mean, double added_m2) const {
     const double distance = added_mean - mean;
     mean += distance * share;
     m2 += added_m2 + distance * distance * cross;
@@ -27,7 +34,7 @@ struct SplitMean {
   double low = 0;
 
   SplitMean() = default;
-  explicit SplitMean(double mean) : center(A(mean)), low(mean - center) {}
+  NORMOPS_HOST_DEVICE explicit SplitMean(double mean) : center(A(mean)), low(mean - center) {}
 };
 
 // The derivative of xhat, with g = dy * weight and means over the elements that share a statistic:
@@ -37,7 +44,7 @@ struct InputGradient {
   double slope;
   double shift;
 
-  InputGradient(double rstd, double low, double mean_g, double mean_g_xhat, bool centered)
+  NORMOPS_HOST_DEVICE InputGradient(double rstd, double low, double mean_g, double mean_g_xhat, bool centered)
       : slope(-rstd * rstd * mean_g_xhat), shift((centered ? -rstd * mean_g : 0.0) - slope * low) {}
 };
 

@@ -82,6 +82,17 @@ at::DimVector channel_statistics_shape(const at::Tensor& input, int64_t num_grou
   return {input.size(0), num_groups};
 }
 
+void check_running_update(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, int64_t count) {
+  TORCH_CHECK(running_mean.dim() == 1 && running_mean.sizes() == running_var.sizes() && mean.sizes() == var.sizes() &&
+                  mean.dim() >= 1 && mean.dim() <= 2 && mean.size(-1) == running_mean.size(0),
+              "normops: expected running statistics of shape (C) and statistics of shape (C) or (N, C), got ",
+              running_mean.sizes(), ", ", running_var.sizes(), ", ", mean.sizes(), " and ", var.sizes());
+  const int64_t samples = mean.dim() == 2 ? mean.size(0) : 1;
+  TORCH_CHECK(count > 1 && samples > 0, "normops: expected more than 1 value per channel, got ", count, " in ", samples,
+              " samples");
+}
+
 ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch) {
   const at::Tensor& input = *tensors.front();
   TORCH_CHECK(input.dim() >= 2, "normops: expected input with at least 2 dimensions, got ", input.dim());

@@ -44,6 +44,10 @@ at::Tensor as_rows(const at::Tensor& input, int64_t rows, int64_t length);
 // Shape of the statistics of a channel layer: (num_groups) over the batch, (N, num_groups) per sample.
 at::DimVector channel_statistics_shape(const at::Tensor& input, int64_t num_groups, bool over_batch);
 
+// Running statistics of shape (C), statistics of shape (C) or (N, C), taken over `count` values each.
+void check_running_update(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, int64_t count);
+
 // A channel layer's tensors seen through one Geometry. The first tensor decides the layout; `tensors` are replaced by
 // copies where their strides do not fit it.
 struct ChannelView {

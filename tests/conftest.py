@@ -1,9 +1,12 @@
 import pytest
 import torch
+from emulator import backend
 
 from normops._ops import _C, BUILD_INFO
 
 DEVICES = ["cpu"]
+if backend.exists():
+    DEVICES.append("emulated")
 if BUILD_INFO["cuda"] and torch.cuda.is_available():
     DEVICES.append("cuda")
 
@@ -12,9 +15,26 @@ def pytest_report_header():
     return f"normops {BUILD_INFO['version']}, torch {torch.__version__}, cpu kernels: {_C.instruction_set()}"
 
 
-@pytest.fixture(params=DEVICES)
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        real_device = metafunc.definition.get_closest_marker("real_device")
+        devices = [name for name in DEVICES if not (real_device and name == "emulated")]
+        metafunc.parametrize("device", devices, indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if summary := backend.summary():
+        terminalreporter.line(summary)
+
+
+@pytest.fixture
 def device(request):
-    return request.param
+    """Where tensors go. Emulated, that is the CPU, whose operators run the CUDA kernels for the length of the test."""
+    if request.param != "emulated":
+        yield request.param
+        return
+    with backend.entered():
+        yield "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ def test_other_instruction_sets(name):
         pytest.skip(f"the processor lacks {name}")
     files = [TESTS / f"test_{what}.py" for what in ("forward", "backward", "layouts", "dtypes", "edge_cases")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not emulated", *files],
         # One thread: sharing work is the same code for all, and has its own tests.
         env={**environment(name), "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,

@@ -501,13 +501,8 @@ Tensors2 merge_moments(const at::Tensor& count, const at::Tensor& mean, const at
 // per sample are averaged first.
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                           const at::Tensor& var, double momentum, int64_t count) {
-  TORCH_CHECK(running_mean.dim() == 1 && running_mean.sizes() == running_var.sizes() && mean.sizes() == var.sizes() &&
-                  mean.dim() >= 1 && mean.dim() <= 2 && mean.size(-1) == running_mean.size(0),
-              "normops: expected running statistics of shape (C) and statistics of shape (C) or (N, C), got ",
-              running_mean.sizes(), ", ", running_var.sizes(), ", ", mean.sizes(), " and ", var.sizes());
+  check_running_update(running_mean, running_var, mean, var, count);
   const int64_t channels = running_mean.size(0), rows = mean.dim() == 2 ? mean.size(0) : 1;
-  TORCH_CHECK(count > 1 && rows > 0, "normops: expected more than 1 value per channel, got ", count, " in ", rows,
-              " samples");
   const auto move = [&](const at::Tensor& running, const at::Tensor& statistic, double correction, const char* name) {
     const at::Tensor values = as_parameter(statistic, running, rows * channels, at::kDouble, name);
     AT_DISPATCH_FLOATING_TYPES_AND2(

@@ -1,0 +1,216 @@
+// The channel engine's operators on CUDA tensors.
+
+#include "channel.h"
+
+#include <ATen/Dispatch.h>
+
+#include "glue.h"
+
+namespace normops::cuda {
+namespace {
+
+ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return ElementType::kFloat;
+    case at::kDouble:
+      return ElementType::kDouble;
+    case at::kHalf:
+      return ElementType::kHalf;
+    case at::kBFloat16:
+      return ElementType::kBFloat16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "normops: expected float16, bfloat16, float32 or float64, got ", type);
+  }
+}
+
+// A small tensor as the merge kernels read it: in its own dtype, and kept alive.
+struct Array {
+  at::Tensor tensor;
+  double absent;
+
+  Array(const OptionalTensor& given, const at::Tensor& input, int64_t numel, double absent, const char* name)
+      : tensor(defined(given) ? as_parameter(given, input, numel, given->scalar_type(), name) : at::Tensor()),
+        absent(absent) {}
+  AnyArray pointer() const {
+    if (!tensor.defined()) return {nullptr, ElementType::kFloat, absent};
+    return {tensor.const_data_ptr(), element_type(tensor.scalar_type()), absent};
+  }
+};
+
+Plan plan_of(const ChannelView& view, std::initializer_list<const at::Tensor*> tensors) {
+  bool vectors = true;
+  size_t i = 0;
+  for (const at::Tensor* tensor : tensors) {
+    vectors = vectors && vectorizable(view.geometry, tensor->const_data_ptr(), view.strides[i++],
+                                      int(tensor->element_size()));
+  }
+  return make_plan(view.geometry, int((*tensors.begin())->element_size()), vectors);
+}
+
+template <typename A>
+Coefficients<A> take_coefficients(Scratch& scratch, int64_t count) {
+  return {scratch.take<A>(count), scratch.take<A>(count), scratch.take<A>(count), scratch.take<A>(count)};
+}
+
+Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, bool over_batch,
+                      double eps) {
+  const Here here(input);
+  at::Tensor x = input;
+  at::Tensor output = at::empty_like(input, input.suggest_memory_format());
+  const auto view = channel_view({&x, &output}, num_groups, over_batch);
+  const Geometry& g = view.geometry;
+  const bool given = defined(given_mean);
+  TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");
+  const auto shape = channel_statistics_shape(input, num_groups, over_batch);
+  const int64_t count = c10::multiply_integers(shape);
+  const auto statistics = input.options().dtype(at::kDouble);
+  const Array means(given_mean, input, count, 0, "mean"), vars(given_var, input, count, 0, "var");
+  const Array weights(weight, input, g.channels, 1, "weight"), biases(bias, input, g.channels, 0, "bias");
+  if (g.elements() == 0) {
+    const auto fill = [&](const Array& a) {
+      return given ? a.tensor.to(at::kDouble, false, true).view(shape) : at::zeros(shape, statistics);
+    };
+    return {output, fill(means), fill(vars)};
+  }
+  const at::Tensor mean = at::empty(shape, statistics), var = at::empty(shape, statistics);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
+    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    const Plan plan = plan_of(view, {&x, &output});
+    const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
+    const ChannelTensor<scalar_t> to{output.mutable_data_ptr<scalar_t>(), view.strides[1]};
+    void* const stream = here.stream();
+    ForwardMerge<A> merge{nullptr,
+                          means.pointer(),
+                          vars.pointer(),
+                          weights.pointer(),
+                          biases.pointer(),
+                          eps,
+                          /*reciprocal=*/false,
+                          mean.mutable_data_ptr<double>(),
+                          var.mutable_data_ptr<double>(),
+                          {}};
+    if (!given && slab_fits<scalar_t>(plan, /*backward=*/false)) {
+      slab_forward(plan, from, to, merge, stream);
+      return;
+    }
+    ChunkMoments* partials = nullptr;
+    const auto lay_out = [&](Scratch scratch) {
+      if (!given) merge.partials = partials = scratch.take<ChunkMoments>(plan.partials());
+      merge.coefficients = take_coefficients<A>(scratch, g.rows() * g.channels);
+      return scratch.bytes();
+    };
+    const at::Tensor memory = allocate(input, lay_out(Scratch()));
+    lay_out(Scratch(memory.mutable_data_ptr()));
+    if (!given) channel_moments(plan, from, partials, stream);
+    channel_merge(plan, merge, stream);
+    channel_apply<scalar_t, A>(plan, from, to, merge.coefficients, nullptr, nullptr, stream);
+  });
+  return {output, mean, var};
+}
+
+Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                               const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups, bool over_batch,
+                               double eps, bool input_stats, Mask3 output_mask) {
+  const Here here(input);
+  at::Tensor x = input, dy = grad_output, dx;
+  std::vector<at::Tensor*> operands{&x, &dy};
+  if (output_mask[0]) {
+    dx = at::empty_like(input, input.suggest_memory_format());
+    operands.push_back(&dx);
+  }
+  const auto view = channel_view(operands, num_groups, over_batch);
+  const Geometry& g = view.geometry;
+  const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
+  const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
+  const Array weights(weight, input, g.channels, 1, "weight");
+  const auto options = at::TensorOptions().device(input.device()).dtype(acc_type(input));
+  const bool empty = g.elements() == 0;
+  const auto parameter = [&](bool wanted) {
+    return !wanted ? at::Tensor() : empty ? at::zeros({g.channels}, options) : at::empty({g.channels}, options);
+  };
+  const at::Tensor dweight = parameter(output_mask[1]), dbias = parameter(output_mask[2]);
+  if (empty || !(output_mask[0] || output_mask[1] || output_mask[2])) return {dx, dweight, dbias};
+  const bool parameters = output_mask[1] || output_mask[2];
+  const bool sums_needed = parameters || input_stats;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
+        using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        const Plan plan = output_mask[0] ? plan_of(view, {&x, &dy, &dx}) : plan_of(view, {&x, &dy});
+        const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
+        const ChannelTensor<const scalar_t> grad{dy.const_data_ptr<scalar_t>(), view.strides[1]};
+        const ChannelTensor<scalar_t> to{data_or_null<scalar_t>(dx), view.strides.back()};
+        void* const stream = here.stream();
+        BackwardMerge<A> merge{nullptr,
+                               weights.pointer(),
+                               means.const_data_ptr<double>(),
+                               vars.const_data_ptr<double>(),
+                               eps,
+                               /*reciprocal=*/false,
+                               input_stats,
+                               data_or_null<A>(dweight),
+                               data_or_null<A>(dbias),
+                               nullptr,
+                               {}};
+        const bool on_chip = input_stats && slab_fits<scalar_t>(plan, /*backward=*/true);
+        ChunkGradients* partials = nullptr;
+        const auto lay_out = [&](Scratch scratch) {
+          const int64_t size = g.rows() * g.channels;
+          if (parameters && g.rows() > 1) merge.sums = scratch.take<double>(2 * size);
+          if (on_chip) return scratch.bytes();
+          if (sums_needed) merge.partials = partials = scratch.take<ChunkGradients>(plan.partials());
+          merge.coefficients = take_coefficients<A>(scratch, size);
+          return scratch.bytes();
+        };
+        const size_t bytes = lay_out(Scratch());
+        const at::Tensor memory = bytes ? allocate(input, bytes) : at::Tensor();
+        if (bytes) lay_out(Scratch(memory.mutable_data_ptr()));
+        if (on_chip) {
+          slab_backward(plan, grad, from, to, merge, stream);
+          return;
+        }
+        if (sums_needed) {
+          channel_grad_sums<scalar_t, A>(plan, grad, from, merge.mean, nullptr, partials, stream);
+        }
+        channel_grad_merge(plan, merge, stream);
+        if (!output_mask[0]) return;
+        if (input_stats) {
+          channel_grad_apply<scalar_t, A>(plan, grad, from, to, merge.coefficients, stream);
+        } else {
+          // Of the input gradient only scale * dy is left, and x need not be read.
+          merge.coefficients.center = merge.coefficients.shift = nullptr;
+          channel_apply<scalar_t, A>(plan, grad, to, merge.coefficients, nullptr, nullptr, stream);
+        }
+      });
+  return {dx, dweight, dbias};
+}
+
+void move_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, int64_t count) {
+  const Here here(running_mean);
+  check_running_update(running_mean, running_var, mean, var, count);
+  const int64_t channels = running_mean.size(0), rows = mean.dim() == 2 ? mean.size(0) : 1;
+  const at::Tensor means = as_parameter(mean, running_mean, rows * channels, at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, running_mean, rows * channels, at::kDouble, "var");
+  update_running_stats(RunningStats{{running_mean.mutable_data_ptr(), running_var.mutable_data_ptr()},
+                                    {element_type(running_mean.scalar_type()), element_type(running_var.scalar_type())},
+                                    {running_mean.stride(0), running_var.stride(0)},
+                                    {means.const_data_ptr<double>(), vars.const_data_ptr<double>()},
+                                    {1, double(count) / double(count - 1)},
+                                    momentum,
+                                    rows,
+                                    channels},
+                       here.stream());
+}
+
+}  // namespace
+
+void add_channel_kernels(torch::Library& library) {
+  library.impl("_update_running_stats", move_running_stats);
+  library.impl("_channel_norm", channel_norm);
+  library.impl("_channel_norm_backward", channel_norm_backward);
+}
+
+}  // namespace normops::cuda

@@ -1,0 +1,84 @@
+#pragma once
+
+// The device that is emulated: what it allows a launch, and what is known of each kernel.
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "emulator.h"
+
+namespace normops::emulator {
+
+struct Architecture {
+  const char* name;
+  int major, minor;
+  int shared_per_block;  // what a kernel can ask for by attribute
+  int shared_per_multiprocessor;
+  int threads_per_multiprocessor;
+  int blocks_per_multiprocessor;
+  int cluster;  // the largest; above 8 only with an attribute
+};
+
+constexpr Architecture kArchitectures[] = {
+    {"sm_80", 8, 0, 163 << 10, 164 << 10, 2048, 32, 1},    {"sm_86", 8, 6, 99 << 10, 100 << 10, 1536, 16, 1},
+    {"sm_89", 8, 9, 99 << 10, 100 << 10, 1536, 24, 1},     {"sm_90", 9, 0, 227 << 10, 228 << 10, 2048, 32, 16},
+    {"sm_100", 10, 0, 227 << 10, 228 << 10, 2048, 32, 16}, {"sm_120", 12, 0, 99 << 10, 100 << 10, 1536, 24, 8},
+};
+
+// The same for all of them.
+constexpr int kThreadsPerBlock = 1024, kSharedUnasked = 48 << 10, kSharedReserved = 1 << 10, kPortableCluster = 8;
+
+inline const Architecture& architecture(const std::string& name) {
+  for (const Architecture& candidate : kArchitectures)
+    if (candidate.name == name) return candidate;
+  throw std::runtime_error("emulated CUDA: no architecture is called " + name);
+}
+
+inline std::string environment(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value ? value : otherwise;
+}
+
+struct Settings {
+  const Architecture* device = &architecture(environment("NORMOPS_EMULATOR_ARCH", "sm_90"));
+  // Few, as the blocks of a cooperative grid all run at once; and no power of two, which could hide mistakes.
+  int multiprocessors = 3;
+  // Threads and blocks run in an order drawn from the seed; with 0, in the order of their numbers.
+  uint64_t seed = std::stoull(environment("NORMOPS_EMULATOR_SEED", "1"));
+};
+
+inline Settings& settings() {
+  static Settings value;
+  return value;
+}
+
+struct Kernel {
+  std::map<cudaFuncAttribute, int> attributes;
+  int64_t launches = 0, blocks = 0, threads = 0, barriers = 0, exchanges = 0;
+
+  int attribute(cudaFuncAttribute name, int otherwise) const {
+    const auto found = attributes.find(name);
+    return found == attributes.end() ? otherwise : found->second;
+  }
+};
+
+inline std::map<const void*, Kernel>& kernels() {
+  static std::map<const void*, Kernel> value;
+  return value;
+}
+
+inline uint64_t volume(dim3 size) { return uint64_t(size.x) * size.y * size.z; }
+
+inline void require(bool holds, const std::string& otherwise) {
+  if (!holds) fail(otherwise);
+}
+
+// Fail with what is wrong. Static arrays are found as the kernel comes to them.
+void check_limits(const cuda::LaunchConfig& config, const Kernel& kernel);
+void check_static_memory(size_t static_bytes, const cuda::LaunchConfig& config, const Kernel& kernel,
+                         const std::string& array);
+
+}  // namespace normops::emulator

@@ -1,0 +1,49 @@
+"""A library made by ``build``: its settings and what it has counted."""
+
+import ctypes
+import dataclasses
+
+
+@dataclasses.dataclass
+class Launches:
+    """What was run of one instantiation of a kernel."""
+
+    launches: int
+    blocks: int
+    threads: int
+    barriers: int
+    exchanges: int
+    name: str
+
+    @property
+    def kernel(self):
+        """The name without template arguments, parameters and result."""
+        depth, name = 0, ""
+        for character in self.name.replace("(anonymous namespace)", "{anonymous}"):
+            depth += {"<": 1, ">": -1}.get(character, 0)
+            if character == "(" and depth == 0:
+                break
+            if depth == 0 and character != ">":
+                name += character
+        return name.split(" ")[-1]
+
+
+class Library:
+    def __init__(self, path):
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.normops_emulator_seed.argtypes = [ctypes.c_uint64]
+        self.functions.normops_emulator_device.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        self.functions.normops_emulator_report.restype = ctypes.c_char_p
+
+    def seed(self, seed):
+        """Sets the order in which threads and blocks run; 0 is the order of their numbers."""
+        self.functions.normops_emulator_seed(seed)
+
+    def device(self, architecture, multiprocessors=3):
+        """Sets the device whose limits hold: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120."""
+        self.functions.normops_emulator_device(architecture.encode(), multiprocessors)
+
+    def report(self):
+        """What was run, instantiation by instantiation."""
+        lines = self.functions.normops_emulator_report().decode().splitlines()
+        return [Launches(*map(int, fields[:5]), fields[5]) for fields in (line.split(" ", 5) for line in lines)]

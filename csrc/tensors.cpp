@@ -135,24 +135,30 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
     g.positions *= g.samples;
     g.samples = 1;
   }
-  // So are small contiguous planes, whose channels are then as wide as a plane.
+  const int64_t line_bytes = std::max<int64_t>(1, g.channels * input.element_size());
+  const int64_t positions_per_line = std::max<int64_t>(1, kJoined / std::max<int64_t>(1, g.channels));
+  g.segment_length = g.layout == Layout::kContiguous
+                         ? kContiguousSegment
+                         : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
+  return {g, strides};
+}
+
+ChannelView wide_channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch) {
+  ChannelView view = channel_view(tensors, num_groups, over_batch);
+  Geometry& g = view.geometry;
   const bool small_planes = g.layout == Layout::kContiguous && over_batch && g.samples >= kFewestSamples &&
                             g.positions > 1 && g.positions <= kWidest &&
-                            std::all_of(strides.begin(), strides.end(),
+                            std::all_of(view.strides.begin(), view.strides.end(),
                                         [&](const Strides& s) { return s.position == 1 && s.channel == g.positions; });
   if (small_planes) {
     g.layout = Layout::kChannelsLast;
-    std::swap(g.width, g.positions);
-    std::swap(g.samples, g.positions);
-    for (Strides& s : strides) s.position = s.sample;
+    g.width = g.positions;
+    g.positions = g.samples;
+    g.samples = 1;
+    g.segment_length = kMostLines;
+    for (Strides& s : view.strides) s.position = s.sample;
   }
-  const int64_t line_bytes = std::max<int64_t>(1, g.channels * input.element_size());
-  const int64_t positions_per_line = std::max<int64_t>(1, kJoined / std::max<int64_t>(1, g.channels));
-  g.segment_length = g.layout == Layout::kContiguous ? kContiguousSegment
-                     : small_planes
-                         ? kMostLines
-                         : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
-  return {g, strides};
+  return view;
 }
 
 }  // namespace normops

@@ -56,4 +56,7 @@ struct ChannelView {
 };
 ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);
 
+// The same, with many small contiguous planes seen as wide channels (geometry.h).
+ChannelView wide_channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);
+
 }  // namespace normops

@@ -347,7 +347,7 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
                       double eps) {
   at::Tensor x = input;
   at::Tensor output = prepare_output(at::empty_like(input, input.suggest_memory_format()));
-  const auto view = channel_view({&x, &output}, num_groups, over_batch);
+  const auto view = wide_channel_view({&x, &output}, num_groups, over_batch);
   const Geometry& g = view.geometry;
   const bool given = defined(given_mean);
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
@@ -379,7 +379,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
     dx = prepare_output(at::empty_like(input, input.suggest_memory_format()));
     operands.push_back(&dx);
   }
-  const auto view = channel_view(operands, num_groups, over_batch);
+  const auto view = wide_channel_view(operands, num_groups, over_batch);
   const Geometry& g = view.geometry;
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
@@ -409,7 +409,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
 // An input as BatchNorm sees it.
 ChannelView batch_view(const std::vector<at::Tensor*>& tensors) {
   const at::Tensor& input = *tensors.front();
-  return channel_view(tensors, input.dim() < 2 ? 0 : input.size(1), /*over_batch=*/true);
+  return wide_channel_view(tensors, input.dim() < 2 ? 0 : input.size(1), /*over_batch=*/true);
 }
 
 std::pair<at::Tensor, at::Tensor> zero_statistics(const at::Tensor& input) {

@@ -38,11 +38,11 @@ struct Geometry {
   int64_t samples;
   int64_t channels;
   int64_t positions;
-  int64_t width;  // elements of a channel at each position: 1, or a small plane
   int64_t num_groups;
   bool over_batch;
   Layout layout;
   int64_t segment_length;
+  int64_t width = 1;  // elements of a channel at each position: 1, or a small plane
 
   int64_t group_size() const { return channels / num_groups; }
   int64_t segments_per_sample() const { return (positions + segment_length - 1) / segment_length; }

@@ -101,7 +101,6 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
   g.samples = input.size(0);
   g.channels = input.size(1);
   g.positions = positions_of(input);
-  g.width = 1;
   g.num_groups = num_groups;
   g.over_batch = over_batch;
   TORCH_CHECK(num_groups > 0 ? g.channels % num_groups == 0 : g.channels == 0,

@@ -40,18 +40,18 @@ def autocast(device, dtype):
 @each_half
 @pytest.mark.parametrize("parameters", ["like the input", "float32"])
 @each_dtype
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("autocast_device", ["cpu", "cuda"])
 @each_case
-def test_dtypes_under_autocast(case, device, dtype, parameters, half):
+def test_dtypes_under_autocast(case, autocast_device, dtype, parameters, half):
     """Of the output and, where there is such a device, of all gradients."""
-    real = device in DEVICES
+    real = autocast_device in DEVICES
     with contextlib.nullcontext() if real else FakeTensorMode(), torch.set_grad_enabled(real):
         parameter_dtype = dtype if parameters == "like the input" else torch.float32
-        sample = case.sample(dtype=dtype, parameter_dtype=parameter_dtype, device=device)
+        sample = case.sample(dtype=dtype, parameter_dtype=parameter_dtype, device=autocast_device)
         results = []
         for functions in (nn.functional, normops.functional):
             try:
-                with autocast(device, half):
+                with autocast(autocast_device, half):
                     output = sample.run(functions)
             except RuntimeError as error:  # of torch, which cannot mix these
                 assert functions is nn.functional and "type" in str(error)

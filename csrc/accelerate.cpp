@@ -2,8 +2,8 @@
 // that everything above (autograd, its double backward, functorch, autocast) stays torch's. Calls that the engines do
 // not cover, bad ones among them, go to the kernel that torch had.
 //
-// What torch's operators promise to return and to save differs from the engines' own: rstd in the type of the
-// arithmetic where these have the variance in float64, and gradients in the parameters' dtypes.
+// What torch's operators return differs from what the engines do: rstd where the channel engine has the variance,
+// statistics in other dtypes than float64, gradients in the parameters' dtypes.
 
 #include "accelerate.h"
 
@@ -47,11 +47,17 @@ bool ends_in(const at::Tensor& input, at::IntArrayRef shape) {
 
 // Statistics and gradients as torch's operators return them.
 
-at::Tensor saved(const at::Tensor& statistic, const at::Tensor& input) { return statistic.to(acc_type(input)); }
-
-at::Tensor rstd_of(const at::Tensor& var, double eps, const at::Tensor& input) {
-  return saved((var + eps).rsqrt_(), input);
+// The dtype of saved statistics: that of the arithmetic; but torch's CPU kernels, which may get to see them when a
+// backward comes after the end of acceleration, know only half precision where all arguments have it.
+at::ScalarType saved_type(const at::Tensor& input, at::ArrayRef<const OptionalTensor*> parameters) {
+  if (!input.is_cpu() || !at::isReducedFloatingType(input.scalar_type())) return acc_type(input);
+  for (const OptionalTensor* parameter : parameters) {
+    if (defined(*parameter) && (*parameter)->scalar_type() == at::kFloat) return at::kFloat;
+  }
+  return input.scalar_type();
 }
+
+at::Tensor rstd_of(const at::Tensor& var, double eps) { return (var + eps).rsqrt_(); }
 
 // The variance that, with eps = 0, has this rstd.
 at::Tensor var_of(const at::Tensor& rstd) { return rstd.to(at::kDouble).pow(-2); }
@@ -68,7 +74,8 @@ std::optional<Tensors3> try_layer_norm(const at::Tensor& input, at::IntArrayRef 
     return {};
   }
   auto [output, mean, rstd] = ops::row_norm(input, shape.size(), weight, bias, eps, /*centered=*/true);
-  return Tensors3{output, saved(mean, input), saved(rstd, input)};
+  const at::ScalarType type = saved_type(input, {&weight, &bias});
+  return Tensors3{output, mean.to(type), rstd.to(type)};
 }
 
 std::optional<Tensors3> try_layer_norm_backward(const at::Tensor& grad, const at::Tensor& input, at::IntArrayRef shape,
@@ -95,9 +102,10 @@ std::optional<Tensors3> try_batch_norm(const at::Tensor& input, const OptionalTe
   for (const OptionalTensor* tensor : {&weight, &bias, &running_mean, &running_var}) {
     if (!covered(*tensor, input, channels)) return {};
   }
+  const at::ScalarType type = saved_type(input, {&weight, &bias, &running_mean, &running_var});
   if (!training) {
     if (!defined(running_mean)) return {};
-    const at::Tensor none = at::empty({0}, input.options().dtype(acc_type(input)));
+    const at::Tensor none = at::empty({0}, input.options().dtype(type));
     return Tensors3{std::get<0>(ops::channel_norm(input, running_mean, running_var, weight, bias, channels,
                                                   /*over_batch=*/true, eps)),
                     none, none.clone()};
@@ -106,7 +114,7 @@ std::optional<Tensors3> try_batch_norm(const at::Tensor& input, const OptionalTe
   auto [output, mean, var] =
       ops::channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, /*over_batch=*/true, eps);
   if (defined(running_mean)) ops::update_running_stats(*running_mean, *running_var, mean, var, momentum, count);
-  return Tensors3{output, saved(mean, input), rstd_of(var, eps, input)};
+  return Tensors3{output, mean.to(type), rstd_of(var, eps).to(type)};
 }
 
 std::optional<Tensors3> try_batch_norm_backward(const at::Tensor& grad, const at::Tensor& input,
@@ -127,20 +135,23 @@ std::optional<Tensors3> try_batch_norm_backward(const at::Tensor& grad, const at
 // Torch's own kernel of an operator on a device, looked up before ours takes its place.
 class Original {
  public:
-  Original(const c10::OperatorHandle& op, c10::DispatchKey key) : key_(key) {
+  Original(const c10::OperatorHandle& op, c10::DispatchKey key) : op_(op), key_(key) {
     if (op.hasComputedKernelForDispatchKey(key)) kernel_.emplace(op.getComputedKernelForDispatchKey(key));
   }
 
+  bool exists() const { return kernel_.has_value(); }
+
   template <class Result, class... Args>
   Result call(Args... args) const {
-    TORCH_CHECK_NOT_IMPLEMENTED(kernel_, "torch has no kernel for these arguments of an operator that normops ",
-                                "accelerates on ", key_);
+    TORCH_CHECK_NOT_IMPLEMENTED(kernel_, op_.operator_name(), ": expected a gradient of the input's shape and dtype; ",
+                                "torch has no kernel of its own on ", key_, " to take another");
     torch::jit::Stack stack{c10::IValue(std::move(args))...};
-    kernel_->callBoxed(kernel_->opHandle(), c10::DispatchKeySet(key_), &stack);
+    kernel_->callBoxed(op_, c10::DispatchKeySet(key_), &stack);
     return c10::impl::PopResult<Result>::call(stack);
   }
 
  private:
+  c10::OperatorHandle op_;
   c10::DispatchKey key_;
   std::optional<c10::SafeKernelFunction> kernel_;
 };
@@ -189,7 +200,7 @@ struct FusedRmsNorm {
     auto [output, mean, rstd] =
         ops::row_norm(input, shape.size(), weight, std::nullopt, eps.value_or(default_rms_eps(input)),
                       /*centered=*/false);
-    return {output, saved(rstd, input)};
+    return {output, rstd.to(acc_type(input))};
   }
 };
 
@@ -223,7 +234,8 @@ struct NativeGroupNorm {
     }
     auto [output, mean, var] =
         ops::channel_norm(input, std::nullopt, std::nullopt, weight, bias, groups, /*over_batch=*/false, eps);
-    return {output, saved(mean, input), rstd_of(var, eps, input)};
+    const at::ScalarType type = saved_type(input, {&weight, &bias});
+    return {output, mean.to(type), rstd_of(var, eps).to(type)};
   }
 };
 
@@ -338,22 +350,33 @@ struct BatchNormBackward {
   }
 };
 
+std::unique_ptr<torch::Library> library(c10::DispatchKey key) {
+  return std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
+}
+
+// As compile-time functions: a call that is under way while the library goes has nothing of it to miss.
 template <c10::DispatchKey key, class... Ops>
-std::unique_ptr<torch::Library> replace() {
-  (original<Ops, key>(), ...);
-  auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
-  // As compile-time functions: a call that is under way while the library goes has nothing of it to miss.
-  (library->impl(c10::toString(c10::OperatorName(Ops::name, Ops::overload)).c_str(),
-                 TORCH_FN((Ops::template call<key>))),
+void install(torch::Library& into) {
+  (original<Ops, key>(), ...);  // before it is hidden
+  (into.impl(c10::toString(c10::OperatorName(Ops::name, Ops::overload)).c_str(), TORCH_FN((Ops::template call<key>))),
    ...);
-  return library;
 }
 
 template <c10::DispatchKey key>
-std::unique_ptr<torch::Library> replace_all() {
-  return replace<key, NativeLayerNorm, NativeLayerNormBackward, FusedRmsNorm, FusedRmsNormBackward, NativeGroupNorm,
-                 NativeGroupNormBackward, NativeBatchNorm, NativeBatchNormLegit, NativeBatchNormLegitNoStats,
-                 BatchNormWithUpdate, NativeBatchNormBackward, BatchNormBackward>();
+std::unique_ptr<torch::Library> install_all() {
+  auto whole = library(key);
+  install<key, NativeLayerNorm, NativeLayerNormBackward, FusedRmsNorm, NativeGroupNorm, NativeGroupNormBackward,
+          NativeBatchNorm, NativeBatchNormLegit, NativeBatchNormLegitNoStats, BatchNormWithUpdate,
+          NativeBatchNormBackward, BatchNormBackward>(*whole);
+  if (original<FusedRmsNormBackward, key>().exists()) {
+    install<key, FusedRmsNormBackward>(*whole);
+  } else {
+    // It hides nothing and stays: what ran forward under acceleration may be differentiated after its end.
+    static torch::Library& kept = *library(key).release();
+    static const bool once = (install<key, FusedRmsNormBackward>(kept), true);
+    (void)once;
+  }
+  return whole;
 }
 
 // Torch says of every replaced kernel that it is replaced, which here is what was asked for.
@@ -378,8 +401,8 @@ void accelerate(bool on) {
   if (users == 0 || !libraries.empty()) return;
   Silence silence;
   const c10::WarningUtils::WarningHandlerGuard guard(&silence);
-  if (has_engine(c10::DispatchKey::CPU)) libraries.push_back(replace_all<c10::DispatchKey::CPU>());
-  if (has_engine(c10::DispatchKey::CUDA)) libraries.push_back(replace_all<c10::DispatchKey::CUDA>());
+  if (has_engine(c10::DispatchKey::CPU)) libraries.push_back(install_all<c10::DispatchKey::CPU>());
+  if (has_engine(c10::DispatchKey::CUDA)) libraries.push_back(install_all<c10::DispatchKey::CUDA>());
 }
 
 }  // namespace normops

@@ -45,10 +45,10 @@ def accelerate(enabled: bool | None = None):
       :func:`normops.convert`), double backward, and the fast path of ``torch.nn.TransformerEncoderLayer`` in
       evaluation.
 
-    The statistics that torch's operators save for the backward are in float32 (float64 for float64), also for inputs in
-    half precision, for which torch on the CPU saves them in half precision. The mean is saved without its rounding
-    error, which a converted layer keeps: gradients of float32 data with a mean of many standard deviations are as exact
-    as torch's, not more. instance_norm loses channels_last, as in torch.
+    The statistics saved for the backward have the dtypes that torch gives them, so a block may end between forward and
+    backward. A converted layer keeps them in float64: gradients of data with a mean of many standard deviations, or of
+    a model that is in half precision throughout, are here as exact as torch's, not more. instance_norm loses
+    channels_last, as in torch.
 
     Args:
         enabled: turns the switch on or off; without it, a context manager is returned.

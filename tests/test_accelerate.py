@@ -4,11 +4,10 @@ import subprocess
 import sys
 import threading
 
-import layouts
 import pytest
 import torch
 from cases import SHAPE, each_case, each_dtype, each_with_absent_parameters
-from layouts import each_layout
+from layouts import LAYOUTS, each_layout
 from models import IMAGE, MODELS
 from test_compile import lie
 from test_gradients import TRANSFORMS, differentiable
@@ -23,7 +22,7 @@ ATEN = torch.ops.aten
 
 
 def kernels(function):
-    """The operators of normops that run in a call of ``function``."""
+    """The names of the operators of normops that run in a call of ``function``."""
     with profile() as events:
         function()
     return {event.name for event in events.events() if event.name.startswith("normops::")}
@@ -68,7 +67,7 @@ def compare(sample, constant_rows=False):
 def test_functions(case, layout, dtype, device):
     """Outputs and gradients, their dtypes and strides are those of torch's functions."""
     sample = case.sample(dtype=dtype, device=device)
-    sample = sample.with_input(layouts.LAYOUTS[layout](sample.input.detach()))
+    sample = sample.with_input(LAYOUTS[layout](sample.input.detach()))
     compare(sample, constant_rows=layout in ("expanded positions", "expanded column"))
 
 
@@ -157,6 +156,8 @@ def test_fused_rms_norm_backward():
     with normops.accelerate():
         _, rstd = ATEN._fused_rms_norm(x.detach(), (7,), w.detach(), 1e-3)
         results = ATEN._fused_rms_norm_backward(g, x.detach(), (7,), rstd, w.detach(), [True, True])
+        with pytest.raises(NotImplementedError, match="_fused_rms_norm_backward: expected a gradient of"):
+            ATEN._fused_rms_norm_backward(g.float(), x.detach(), (7,), rstd, w.detach(), [True, True])
     expected = torch.autograd.grad(F.rms_norm(x, (7,), w, 1e-3), (x, w), g)
     torch.testing.assert_close(results, expected)
 
@@ -186,10 +187,34 @@ def test_torch_func(case, transform, device):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("parameters", ["like the input", "float32"])
+@each_dtype
+@each_case
+def test_a_block_between_forward_and_backward(case, dtype, parameters, device):
+    """What one side has saved, the other differentiates."""
+    if parameters == "float32" and (dtype == torch.float64 or case.op == "rms_norm"):
+        pytest.skip("which torch does not mix")
+    parameter_dtype = dtype if parameters == "like the input" else torch.float32
+    sample = case.sample(dtype=dtype, parameter_dtype=parameter_dtype, device=device)
+    grad = torch.randn_like(sample.input)
+    leaves = [sample.input, *sample.parameters.values()]
+    expected = torch.autograd.grad(sample.run(F), leaves, grad)
+    with normops.accelerate():
+        output = sample.run(F)
+    after = torch.autograd.grad(output, leaves, grad)
+    output = sample.run(F)
+    with normops.accelerate():
+        before = torch.autograd.grad(output, leaves, grad)
+    for results in (after, before):
+        for result, other in zip(results, expected, strict=True):
+            tolerance = {2: 8 * torch.finfo(dtype).eps, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+            torch.testing.assert_close(result, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_case
 def test_derivatives_in_half_precision(case, dtype, device):
-    """Statistics are saved in float32 where torch saves them in half precision: torch's formulas take both."""
+    """Torch's formulas take the statistics as they are saved, and what they cannot do stays an error."""
     sample = case.sample(dtype=dtype, device=device)
 
     def derivatives():

@@ -237,9 +237,8 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
           double& dy_xhat = sum_dy_x[first * C + i];
           dy_xhat = (dy_xhat - split.low * sum_dy[first * C + i]) * rstd;
         }
-        const GradTotals sums = totals.dy ? totals
-                                          : GradTotals{sum_dy + first * C, sum_dy_x + first * C,
-                                                       double(g.elements_per_group())};
+        const GradTotals sums =
+            totals.dy ? totals : GradTotals{sum_dy + first * C, sum_dy_x + first * C, double(g.elements_per_group())};
         double group_dy = 0, group_dy_xhat = 0;
         for (int64_t i = c; !given && i < c + g.group_size(); ++i) {
           group_dy += sums.dy[i] * weight[i];

@@ -40,7 +40,7 @@ def tensors_of(output):
 def call(model, inputs):
     torch.manual_seed(0)  # the same dropout
     dtype = next(model.parameters()).dtype
-    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    inputs = {name: x.to(dtype) if tensors_of(x) else x for name, x in inputs.items()}
     return tensors_of(model(**inputs))
 
 

@@ -67,7 +67,15 @@ MODELS = [
     Model(
         "Swin",
         lambda: hf.SwinModel(
-            hf.SwinConfig(image_size=64, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4)
+            hf.SwinConfig(
+                image_size=64,
+                patch_size=4,
+                embed_dim=32,
+                depths=[2, 2],
+                num_heads=[2, 4],
+                window_size=4,
+                drop_path_rate=0.0,
+            )
         ),
         pixels(8, 3, 64, 64),
         {"LayerNorm": 11},
@@ -108,7 +116,7 @@ MODELS = [
                 vocab_size=96, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=2
             )
         ),
-        tokens(2, 32),
+        tokens(2, 32, use_cache=lambda: False),
         {"Mamba2RMSNorm": 3},
         {"MambaRMSNormGated": "no entry"},
         float64=False,
@@ -171,7 +179,7 @@ MODELS = [
     Model(
         "SegResNet",
         lambda: monai.SegResNet(3, 8, 1, 2, blocks_down=(1, 2), blocks_up=(1,), norm=("GROUP", {"num_groups": 4})),
-        lambda: {"x": torch.randn(2, 1, 32, 32, 32)},
+        lambda: {"x": torch.randn(2, 1, 16, 16, 16)},
         {"GroupNorm": 9},
     ),
 ]

@@ -1,5 +1,6 @@
 # make bench    compares normops with torch on this machine and trains two networks on real data
 # make test     builds and runs the test suite
+# make test-models    converts models of transformers, diffusers and monai, and compares them with themselves
 #
 # Both set up everything they need in a virtual environment first; a second run rebuilds only what changed.
 #
@@ -25,13 +26,19 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test build lint format package clean
+.PHONY: bench test test-models build lint format package clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
 
 test: build
 	$(RUN) -m pytest $(TEST_ARGS)
+
+test-models: build
+ifneq ($(ENVIRONMENT),)
+	$(RUN) -m pip install --quiet --group models
+endif
+	$(RUN) -m pytest tests/models $(TEST_ARGS)
 
 # The compiler is asked each time: ninja knows better than make what a changed header touches.
 build: $(ENVIRONMENT)

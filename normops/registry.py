@@ -113,6 +113,14 @@ def replacement_class(module: torch.nn.Module) -> type | None:
     return None
 
 
+def why_left(module: torch.nn.Module) -> str:
+    """Why no entry converts a module."""
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    reasons = [_verdict(entry, module) for entry in _entries if entry.matches(type(module))]
+    return "; ".join(dict.fromkeys(filter(None, reasons))) or "no entry"
+
+
 def _class_for(cls, forward):
     if (cls, forward) not in _classes:
         body = {

@@ -1,0 +1,13 @@
+"""What the tests of the models found."""
+
+# Differences are relative, errors those of the gradient against float64.
+HEADER = (
+    *("model", "converted", "left", "output", "gradient", "10 steps"),
+    *("error: torch", "normops", "step: torch", "normops", "ratio"),
+)
+TABLE = []
+
+
+def lines():
+    widths = [max(len(row[i]) for row in (HEADER, *TABLE)) for i in range(len(HEADER))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (HEADER, *TABLE)]

@@ -1,7 +1,9 @@
 # make bench    compares normops with torch on this machine and trains two networks on real data
 # make test     builds and runs the test suite
+# make cuda     compiles the CUDA kernels, card or no card
+# make gpu      builds, tests and measures on the card at hand
 #
-# Both set up everything they need in a virtual environment first; a second run rebuilds only what changed.
+# All set up everything they need in a virtual environment first; a second run rebuilds only what changed.
 #
 #   PYTHON=python3.12       the interpreter of the virtual environment
 #   TORCH=torch==2.14.1     the torch to install in it
@@ -36,6 +38,10 @@ test: build
 # The compiler is asked each time: ninja knows better than make what a changed header touches.
 build: $(ENVIRONMENT)
 	$(RUN) setup.py --quiet build_ext --inplace
+
+# What needs a card, within 9 minutes: build for it, tests on it, compute-sanitizer, benchmark. Installs nothing if VENV=.
+gpu: $(ENVIRONMENT)
+	$(RUN) tests/cuda/gpu.py
 
 # Compiles and links the CUDA kernels, whether or not torch and this machine have CUDA, loads the library, and compares
 # what the kernels take of a multiprocessor with the table in tests/cuda.

@@ -36,7 +36,9 @@ def resources(logs):
             entry |= {"stack": stack, "spilled": stores + loads}
         elif match := USED.search(line):
             entry |= {"registers": int(match[1]), "shared": int(match[2] or 0)}
-    names = subprocess.run(["c++filt"], input="\n".join(k for k, _ in found), capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(k for k, _ in found), capture_output=True, text=True, check=True
+    )
     demangled = map(short, names.stdout.splitlines())
     return {(name, arch): fields for name, (_, arch), fields in zip(demangled, found, found.values(), strict=True)}
 
@@ -72,10 +74,9 @@ def main():
             problems.append(f"{key[0]} for sm_{key[1]} spills {fields['spilled']} bytes, {allowed} in the table")
     spilling = [key for key, fields in found.items() if fields["spilled"]]
     architectures = sorted({arch for _, arch in found}, key=lambda arch: int(re.sub(r"\D", "", arch)))
-    print(
-        f"{len({name for name, _ in found})} kernels for {', '.join(f'sm_{arch}' for arch in architectures)}: "
-        f"at most {max(fields['registers'] for fields in found.values())} registers, {len(spilling)} of {len(found)} spill"
-    )
+    kernels, most = len({name for name, _ in found}), max(fields["registers"] for fields in found.values())
+    where = ", ".join(f"sm_{arch}" for arch in architectures)
+    print(f"{kernels} kernels for {where}: at most {most} registers, {len(spilling)} of {len(found)} spill")
     sys.exit("\n".join(problems))
 
 

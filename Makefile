@@ -25,7 +25,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test build lint format package clean
+.PHONY: bench test build cuda gpu lint format package clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -36,6 +36,15 @@ test: build
 # The compiler is asked each time: ninja knows better than make what a changed header touches.
 build: $(ENVIRONMENT)
 	$(RUN) setup.py --quiet build_ext --inplace
+
+# Compiles and links the CUDA kernels, whether or not torch and this machine have CUDA, loads the library, and compares
+# what the kernels take of a multiprocessor with the table in tests/cuda.
+CUDA_ARCHITECTURES ?= 8.0 9.0 10.0
+cuda: $(ENVIRONMENT)
+	NORMOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(RUN) setup.py --quiet \
+	    build --build-lib build/cuda/lib build_ext --build-temp build/cuda/temp
+	cd build/cuda/lib && $(abspath $(RUN)) -m normops
+	$(RUN) tests/cuda/resources.py build/cuda/temp
 
 ifneq ($(ENVIRONMENT),)
 $(ENVIRONMENT): pyproject.toml

@@ -41,7 +41,7 @@ KERNEL_FLAGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 # Devices the CUDA kernels are compiled for, as far as the toolkit knows them; TORCH_CUDA_ARCH_LIST overrides.
 ARCHITECTURES = "8.0 8.6 9.0 10.0 12.0+PTX"
-CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 
 
 def cuda_toolkit():
@@ -73,7 +73,7 @@ def cuda_objects(home, folder):
     for arch, ptx in cuda_architectures(home):
         number = arch.replace(".", "")
         flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in ("sm", "compute")[: 1 + bool(ptx)]]
-    command = f"{home / 'bin/nvcc'} {shlex.join(flags)} -MD -MF $out.d -c $in -o $out"
+    command = f"{home / 'bin/nvcc'} {shlex.join(flags)} -MD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)"
     rules = [f"rule cuda\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n"]
     objects = [folder.resolve() / Path(source).with_suffix(".o").name for source in csrc("*.cu")]
     rules += [f"build {out}: cuda {ROOT / source}\n" for out, source in zip(objects, csrc("*.cu"), strict=True)]

@@ -17,8 +17,8 @@ def pytest_report_header():
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        not_emulated = metafunc.definition.get_closest_marker("not_emulated")
-        devices = [name for name in DEVICES if not (not_emulated and name == "emulated")]
+        real_device = metafunc.definition.get_closest_marker("real_device")
+        devices = [name for name in DEVICES if not (real_device and name == "emulated")]
         metafunc.parametrize("device", devices, indirect=True)
 
 

@@ -100,7 +100,7 @@ def test_meta_device(case):
     assert results["output"].shape == SHAPE
 
 
-@pytest.mark.not_emulated
+@pytest.mark.real_device
 @each_case
 def test_compiled_function(case, device):
     sample = case.sample(device=device)
@@ -114,7 +114,7 @@ def test_compiled_function(case, device):
         assert torch.equal(result, other)
 
 
-@pytest.mark.not_emulated
+@pytest.mark.real_device
 @each_module
 def test_compiled_module(case, device):
     """Two training steps: outputs, gradients and running statistics are those of the module itself."""
@@ -133,7 +133,7 @@ def test_compiled_module(case, device):
         torch.testing.assert_close(parameter.grad, other.grad)
 
 
-@pytest.mark.not_emulated
+@pytest.mark.real_device
 @each_case
 def test_dynamic_batch(case, device):
     """One graph serves every size of the batch."""
@@ -153,7 +153,7 @@ def test_dynamic_batch(case, device):
     assert counter.frame_count == 1
 
 
-@pytest.mark.not_emulated
+@pytest.mark.real_device
 @each_channel_case
 def test_dynamic_positions(case, device):
     function, sample = getattr(normops.functional, case.op), case.sample(device=device)
@@ -164,7 +164,7 @@ def test_dynamic_positions(case, device):
         assert torch.equal(compiled(x, **kwargs), function(x, **kwargs))
 
 
-@pytest.mark.not_emulated
+@pytest.mark.real_device
 @each_row_case
 def test_dynamic_rows(case, device):
     function = getattr(normops.functional, case.op)
@@ -175,7 +175,7 @@ def test_dynamic_rows(case, device):
         assert torch.equal(compiled(x, shape), function(x, shape))
 
 
-@pytest.mark.not_emulated
+@pytest.mark.real_device
 def test_inductor(device):
     """A training step of a converted model through the default compiler."""
     model = torch.nn.Sequential(
@@ -197,7 +197,7 @@ def test_inductor(device):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.not_emulated
+@pytest.mark.real_device
 def test_export(device):
     model = normops.convert(torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7), torch.nn.BatchNorm1d(7)))
     x = torch.randn(4, 5, device=device)

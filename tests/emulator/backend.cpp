@@ -5,9 +5,7 @@
 
 #include <memory>
 
-namespace normops::cuda {
-void add_cuda_kernels(torch::Library& library);  // csrc/cuda
-}
+#include "../../csrc/cuda/glue.h"
 
 namespace {
 
@@ -25,8 +23,10 @@ extern "C" {
 void normops_emulated_enter() {
   Silent silent;
   const c10::WarningUtils::WarningHandlerGuard guard(&silent);
-  library = std::make_unique<torch::Library>(torch::Library::IMPL, "normops", c10::DispatchKey::CPU, __FILE__, __LINE__);
-  normops::cuda::add_cuda_kernels(*library);
+  library =
+      std::make_unique<torch::Library>(torch::Library::IMPL, "normops", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  normops::cuda::add_row_kernels(*library);
+  normops::cuda::add_channel_kernels(*library);
 }
 
 void normops_emulated_leave() { library.reset(); }

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 
 from emulator.build import ROOT, build
 from emulator.library import Library
@@ -18,9 +19,11 @@ def exists():
 
 @functools.cache
 def library():
-    """Compiled at first use."""
-    others = [*sorted(CUDA.glob("*.cpp")), *SHARED, ROOT / "tests" / "emulator" / "backend.cpp"]
-    return Library(build("backend", sorted(CUDA.glob("*.cu")), others, torch=True))
+    """Compiled at first use, with a sanitizer if NORMOPS_EMULATOR_VARIANT says so."""
+    variant = os.environ.get("NORMOPS_EMULATOR_VARIANT", "plain")
+    glue = sorted(path for path in CUDA.glob("*.cpp") if path.name != "register.cpp")  # which is for CUDA tensors
+    others = [*glue, *SHARED, ROOT / "tests" / "emulator" / "backend.cpp"]
+    return Library(build("backend", sorted(CUDA.glob("*.cu")), others, variant, torch=True))
 
 
 @contextlib.contextmanager

@@ -1,14 +1,12 @@
 """The emulator on toy kernels: those that are right give the right values, and each mistake is found and named."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from emulator.build import CXX, HERE, build
+from emulator.build import HERE, build
+from emulator.sanitizers import run_python
 from emulator.toys import N, Toys
 
 SOURCE = HERE / "toys.cu"
@@ -31,7 +29,7 @@ def toys(request):
 
 
 @pytest.fixture
-def device(toys):
+def architecture(toys):
     yield toys.device
     toys.device("sm_90")
 
@@ -237,10 +235,8 @@ def test_missing_barrier_shows_in_every_order(toys, toy, right):
 
 
 def test_seed_from_the_environment():
-    path = build("toys", [SOURCE])
-
     def output(seed):
-        return run_apart(path, ["missing_barrier"], NORMOPS_EMULATOR_SEED=str(seed)).stdout
+        return run_toys("plain", "missing_barrier", NORMOPS_EMULATOR_SEED=str(seed)).stdout
 
     assert output(5) == output(5) != output(6)
 
@@ -269,11 +265,11 @@ def test_limits_of_a_launch(toys, toy, what):
     assert what in text and re.search(r"launched at toys\.cu:\d+", text)
 
 
-def test_limits_of_the_architecture(toys, device):
-    device("sm_80")
+def test_limits_of_the_architecture(toys, architecture):
+    architecture("sm_80")
     assert "asks for 167936 bytes of shared memory, sm_80 has 166912" in message(toys, "ask_for_164_kib")
     assert "the cluster's size is 2, sm_80 takes 1 to 1" in message(toys, "cluster_of_two")
-    device("sm_90")
+    architecture("sm_90")
     toys.run("ask_for_164_kib")
     toys.run("cluster_of_two")
     assert "asks for 233472 bytes of shared memory, sm_90 has 232448" in message(toys, "ask_for_228_kib")
@@ -282,41 +278,13 @@ def test_limits_of_the_architecture(toys, device):
 # ---- Sanitizers, in a process of their own ----
 
 
-def runtime(name):
-    """The path of a library that comes with the compiler."""
-    path = subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-    return path if os.path.isabs(path) else None
-
-
-def run_apart(path, toys, preload=(), **environment):
-    # Without the debugging layer of Python's allocator every array is a block of malloc, which sanitizers guard.
-    environment = os.environ | {"PYTHONMALLOC": "malloc", "PYTHONPATH": str(HERE.parent)} | environment
-    if preload:
-        environment["LD_PRELOAD"] = " ".join(preload)
-    command = [sys.executable, "-m", "emulator.toys", str(path), *toys]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def sanitizer(variant, **environment):
-    library, standard = runtime(f"lib{variant}.so"), runtime("libstdc++.so.6")
-    if not library:
-        pytest.skip(f"{CXX} has no lib{variant}")
+def run_toys(variant, *toys, **environment):
     path = build("toys", [SOURCE], variant=variant)
-    return lambda *toys: run_apart(path, toys, [library, standard], **environment)
+    return run_python(variant, "-m", "emulator.toys", str(path), *toys, **environment)
 
 
-@pytest.fixture(scope="module")
-def asan():
-    return sanitizer("asan", ASAN_OPTIONS="detect_leaks=0")
-
-
-@pytest.fixture(scope="module")
-def tsan():
-    return sanitizer("tsan", TSAN_OPTIONS="exitcode=66")
-
-
-def test_address_sanitizer_finds_nothing_in_what_is_right(asan):
-    done = asan(*RIGHT)
+def test_address_sanitizer_finds_nothing_in_what_is_right():
+    done = run_toys("asan", *RIGHT)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.count("\n") == len(RIGHT)
 
@@ -329,21 +297,21 @@ def test_address_sanitizer_finds_nothing_in_what_is_right(asan):
         ("dynamic_overrun", "WRITE of size 4", "= 1"),
     ],
 )
-def test_address_sanitizer(asan, toy, what, code):
-    done = asan(toy)
+def test_address_sanitizer(toy, what, code):
+    done = run_toys("asan", toy)
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr and what in done.stderr
     assert re.search(rf"#0 .* in toys::{toy}\(.*{line_in(toy, code)}", done.stderr), done.stderr
 
 
-def test_errors_pass_through_address_sanitizer(asan):
-    done = asan("divergent_barrier")
+def test_errors_pass_through_address_sanitizer():
+    done = run_toys("asan", "divergent_barrier")
     assert "RuntimeError: emulated CUDA: threads wait at different barriers" in done.stderr
     assert "AddressSanitizer" not in done.stderr
 
 
-def test_thread_sanitizer_finds_nothing_in_what_is_right(tsan):
-    done = tsan(*RIGHT)
+def test_thread_sanitizer_finds_nothing_in_what_is_right():
+    done = run_toys("tsan", *RIGHT)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.count("\n") == len(RIGHT)
 
@@ -357,8 +325,8 @@ def test_thread_sanitizer_finds_nothing_in_what_is_right(tsan):
         ("blocks_race", "y["),
     ],
 )
-def test_thread_sanitizer(tsan, toy, code):
-    done = tsan(toy)
+def test_thread_sanitizer(toy, code):
+    done = run_toys("tsan", toy)
     assert done.returncode == 66
     assert "ThreadSanitizer: data race" in done.stderr
     assert re.search(rf"#0 toys::{toy}\(.*{line_in(toy, code)}", done.stderr), done.stderr

@@ -199,12 +199,6 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
   return channel_norm(input, weight, bias, std::nullopt, std::nullopt, num_groups, /*over_batch=*/false, eps).output;
 }
 
-at::Tensor group_norm_autocast(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
-                               const OptionalTensor& bias, double eps) {
-  return in_float32(input, weight, bias,
-                    [&](const auto& x, const auto& w, const auto& b) { return group_norm(x, num_groups, w, b, eps); });
-}
-
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                           const at::Tensor& var, double momentum, c10::SymInt count) {
@@ -228,8 +222,6 @@ void compose_running_stats(const at::Tensor& running_mean, const at::Tensor& run
 }
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(normops, AutocastCUDA, m) { m.impl("group_norm", group_norm_autocast); }
 
 TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", batch_norm);

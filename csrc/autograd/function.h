@@ -1,6 +1,5 @@
 #pragma once
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -42,15 +41,6 @@ inline void save_mask(AutogradContext* ctx, Mask3 mask) {
 inline Mask3 saved_mask(AutogradContext* ctx) {
   const int64_t bits = ctx->saved_data["output_mask"].toInt();
   return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
-}
-
-// Under CUDA's autocast torch runs layer_norm, rms_norm and group_norm in float32 (on the CPU it leaves them alone):
-// calls f with the tensors cast, and no autocast within.
-template <typename F>
-at::Tensor in_float32(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const F& f) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet(c10::DispatchKey::AutocastCUDA));
-  const auto cast = [](const auto& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); };
-  return f(cast(input), cast(weight), cast(bias));
 }
 
 }  // namespace normops

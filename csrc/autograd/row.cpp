@@ -109,25 +109,7 @@ at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shap
   return row_norm(input, normalized_shape.size(), weight, std::nullopt, eps.value_or(epsilon), /*centered=*/false);
 }
 
-at::Tensor layer_norm_autocast(const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
-                               const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  return in_float32(input, weight, bias, [&](const auto& x, const auto& w, const auto& b) {
-    return layer_norm(x, normalized_shape, w, b, eps);
-  });
-}
-
-at::Tensor rms_norm_autocast(const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
-                             const OptionalTensor& weight, std::optional<double> eps) {
-  return in_float32(input, weight, std::nullopt,
-                    [&](const auto& x, const auto& w, const auto&) { return rms_norm(x, normalized_shape, w, eps); });
-}
-
 }  // namespace
-
-TORCH_LIBRARY_IMPL(normops, AutocastCUDA, m) {
-  m.impl("layer_norm", layer_norm_autocast);
-  m.impl("rms_norm", rms_norm_autocast);
-}
 
 TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
   m.impl("layer_norm", layer_norm);

@@ -33,10 +33,11 @@ INSTRUCTION_SETS = {"DEFAULT": []}
 if X86:
     INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX512_BF16"] = [*INSTRUCTION_SETS["AVX512"], "-mavx512bf16"]
 KERNELS = ["csrc/cpu/channel_kernels.cpp", "csrc/cpu/row_kernels.cpp"]
 
-# g++ 12 takes the undefined lanes of AVX-512 intrinsics for a mistake.
-KERNEL_FLAGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
+KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 class Build(BuildExtension):
@@ -53,7 +54,13 @@ class Build(BuildExtension):
                 KERNELS,
                 output_dir=f"{self.build_temp}/{name}",
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"],
+                extra_postargs=[
+                    *FLAGS,
+                    *KERNEL_FLAGS,
+                    *flags,
+                    f"-DCPU_CAPABILITY={name}",
+                    f"-DCPU_CAPABILITY_{name.partition('_')[0]}",
+                ],
                 depends=ext.depends,
             )
         if CUDA:

@@ -9,8 +9,13 @@ namespace normops {
 enum class Layout { kContiguous, kChannelsLast };
 
 // Up to this many channels, the positions of a channels_last input lie without gaps between them, and kernels take
-// several for one line.
+// several for one line, up to this length or a little more.
 constexpr int64_t kNarrowChannels = 64;
+constexpr int64_t kJoined = 2 * kNarrowChannels;
+
+// A contiguous input of many small planes, with statistics over the batch, is seen as channels_last: its samples are
+// the positions, and each channel is up to so many neighbours of a line instead of one.
+constexpr int64_t kWidest = 256;
 
 // Element strides of an (N, C, S) view. Either position (contiguous) or channel (channels_last) is 1.
 struct Strides {
@@ -37,6 +42,7 @@ struct Geometry {
   bool over_batch;
   Layout layout;
   int64_t segment_length;
+  int64_t width = 1;  // elements of a channel at each position: 1, or a small plane
 
   int64_t group_size() const { return channels / num_groups; }
   int64_t segments_per_sample() const { return (positions + segment_length - 1) / segment_length; }
@@ -50,8 +56,8 @@ struct Geometry {
   int64_t row_of(int64_t sample) const { return over_batch ? 0 : sample; }
   int64_t segments_per_row() const { return samples_per_row() * segments_per_sample(); }
   int64_t samples_per_row() const { return over_batch ? samples : 1; }
-  int64_t elements_per_group() const { return samples_per_row() * positions * group_size(); }
-  int64_t elements() const { return samples * channels * positions; }
+  int64_t elements_per_group() const { return samples_per_row() * positions * width * group_size(); }
+  int64_t elements() const { return samples * channels * positions * width; }
 };
 
 }  // namespace normops

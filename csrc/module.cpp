@@ -9,6 +9,7 @@
 #include <mutex>
 #include <set>
 
+#include "accelerate.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -48,5 +49,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of normops; importing it registers torch.ops.normops.";
   m.def("build_info", &build_info, "What the library was built with.");
   m.def("instruction_set", [] { return normops::cpu::kernels().name; }, "The CPU kernels in use.");
+  m.def("accelerate", &normops::accelerate, py::arg("on"),
+        "Puts the engines behind torch's operators, or torch's back.");
   m.def("threads_used", &threads_used, py::arg("items"), "Threads that share `items` full pieces of work.");
 }

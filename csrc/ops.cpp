@@ -32,6 +32,14 @@ TORCH_LIBRARY(normops, m) {
       "_channel_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight,"
       " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[3] output_mask)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("_channel_moments(Tensor input) -> (Tensor mean, Tensor var)");
+  m.def("_merge_moments(Tensor count, Tensor mean, Tensor var) -> (Tensor mean, Tensor var)");
+  m.def(
+      "_channel_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor var, float eps)"
+      " -> (Tensor sum_dy, Tensor sum_dy_xhat)");
+  m.def(
+      "_channel_grad_apply(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor sum_dy,"
+      " Tensor sum_dy_xhat, SymInt count, float eps) -> Tensor");
   m.def(
       "_update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum,"
       " SymInt count) -> ()");
@@ -46,6 +54,24 @@ auto find(const char* name) {
 }
 
 }  // namespace
+
+at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  static const auto op = find<decltype(layer_norm)>("normops::layer_norm");
+  return op.call(input, normalized_shape, weight, bias, eps);
+}
+
+at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                    std::optional<double> eps) {
+  static const auto op = find<decltype(rms_norm)>("normops::rms_norm");
+  return op.call(input, normalized_shape, weight, eps);
+}
+
+at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  static const auto op = find<decltype(group_norm)>("normops::group_norm");
+  return op.call(input, std::move(num_groups), weight, bias, eps);
+}
 
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered) {

@@ -1,12 +1,19 @@
 #pragma once
 
-// The private operators, called through the dispatcher so that torch.compile and profilers see them.
+// Operators called from C++, through the dispatcher so that torch.compile and profilers see them.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "tensors.h"
 
 namespace normops::ops {
+
+at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps);
+at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                    std::optional<double> eps);
+at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps);
 
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered);

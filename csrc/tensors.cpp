@@ -5,11 +5,13 @@
 namespace normops {
 namespace {
 
-// Segments of a channels_last input stay in the second-level cache, within limits that keep float sums exact enough and
-// the cost of merging small; a channel's positions are split only when they are very many.
-constexpr int64_t kSegmentBytes = 128 * 1024;
-constexpr int64_t kFewestLines = 32, kMostLines = 256;
+// Segments of a channels_last input are short enough to be shared among threads, within limits that keep float sums
+// exact and the cost of merging small; a channel's positions are split only when they are very many.
+constexpr int64_t kSegmentBytes = 512 * 1024;
+constexpr int64_t kFewestLines = 64, kMostLines = 256;
 constexpr int64_t kContiguousSegment = 32 * 1024;
+// Planes are seen as wide channels where there are so many samples.
+constexpr int64_t kFewestSamples = 8;
 
 // The strides of t as (N, C, S), if one stride steps through all of S.
 std::optional<Strides> strides_of(const at::Tensor& t) {
@@ -133,9 +135,29 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
     g.samples = 1;
   }
   const int64_t line_bytes = std::max<int64_t>(1, g.channels * input.element_size());
-  g.segment_length = g.layout == Layout::kContiguous ? kContiguousSegment
-                                                     : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines);
+  const int64_t positions_per_line = std::max<int64_t>(1, kJoined / std::max<int64_t>(1, g.channels));
+  g.segment_length = g.layout == Layout::kContiguous
+                         ? kContiguousSegment
+                         : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
   return {g, strides};
+}
+
+ChannelView wide_channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch) {
+  ChannelView view = channel_view(tensors, num_groups, over_batch);
+  Geometry& g = view.geometry;
+  const bool small_planes = g.layout == Layout::kContiguous && over_batch && g.samples >= kFewestSamples &&
+                            g.positions > 1 && g.positions <= kWidest &&
+                            std::all_of(view.strides.begin(), view.strides.end(),
+                                        [&](const Strides& s) { return s.position == 1 && s.channel == g.positions; });
+  if (small_planes) {
+    g.layout = Layout::kChannelsLast;
+    g.width = g.positions;
+    g.positions = g.samples;
+    g.samples = 1;
+    g.segment_length = kMostLines;
+    for (Strides& s : view.strides) s.position = s.sample;
+  }
+  return view;
 }
 
 }  // namespace normops

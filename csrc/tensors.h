@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
 #include <optional>
 
 #include "geometry.h"
@@ -12,12 +13,19 @@
 namespace normops {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Mask3 = std::array<bool, 3>;
 
 // Arithmetic is done in float, and in double for double.
 inline at::ScalarType acc_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Torch's default for RMSNorm: the machine epsilon of the arithmetic.
+inline double default_rms_eps(const at::Tensor& input) {
+  return acc_type(input) == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                        : std::numeric_limits<float>::epsilon();
 }
 
 inline bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
@@ -47,5 +55,8 @@ struct ChannelView {
   std::vector<Strides> strides;  // one per tensor
 };
 ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);
+
+// The same, with many small contiguous planes seen as wide channels (geometry.h).
+ChannelView wide_channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);
 
 }  // namespace normops

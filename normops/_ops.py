@@ -65,6 +65,30 @@ def _(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_
     return _masked(output_mask, lambda: _dense_like(input), parameter, parameter)
 
 
+def _per_channel(input):
+    return tuple(input.new_empty([input.shape[1]], dtype=torch.float64) for _ in range(2))
+
+
+@torch.library.register_fake("normops::_channel_moments")
+def _(input):
+    return _per_channel(input)
+
+
+@torch.library.register_fake("normops::_merge_moments")
+def _(count, mean, var):
+    return _per_channel(mean)
+
+
+@torch.library.register_fake("normops::_channel_grad_sums")
+def _(grad_output, input, mean, var, eps):
+    return _per_channel(input)
+
+
+@torch.library.register_fake("normops::_channel_grad_apply")
+def _(grad_output, input, mean, var, weight, sum_dy, sum_dy_xhat, count, eps):
+    return _dense_like(input)
+
+
 @torch.library.register_fake("normops::_update_running_stats")
 def _(running_mean, running_var, mean, var, momentum, count):
     return None

@@ -14,16 +14,17 @@ they lie, and so are most slices of them; inputs with other strides are copied f
 differentiated any number of times, forward and backward, and works under ``torch.func`` and ``torch.compile``.
 
 Errors are of the types that torch raises: ``NotImplementedError`` for an input that is not floating or not strided,
-``ValueError`` for too few values per statistic or an impossible eps, and ``RuntimeError`` for shapes, parameters and
-devices that do not fit.
+``ValueError`` for too few values per statistic or an impossible eps, ``TypeError`` for an argument of the wrong type,
+and ``RuntimeError`` for shapes, parameters and devices that do not fit.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
-from normops import _ops  # noqa: F401  (registers the operators)
+from normops import _ops, compilation  # noqa: F401  (_ops registers the operators)
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -35,6 +36,8 @@ _rms_norm = torch.ops.normops.rms_norm.default
 
 
 def _call(op, *args):
+    if compilation.decomposing():
+        return compilation.decomposed(op._opname, *args)
     try:
         return op(*args)
     except RuntimeError as error:
@@ -42,6 +45,14 @@ def _call(op, *args):
         if "Expected a value of type" in str(error):
             raise TypeError(str(error)) from None
         raise
+
+
+def _check_is_shape(op, normalized_shape):
+    """The operators take anything that can be iterated; torch's functions take these."""
+    if not (isinstance(normalized_shape, (tuple, list)) or has_torch_function((normalized_shape,))):
+        raise TypeError(
+            f"{op}: expected normalized_shape to be a tuple or list of ints, got {type(normalized_shape).__name__}"
+        )
 
 
 def batch_norm(
@@ -158,6 +169,7 @@ def layer_norm(
             or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
+    _check_is_shape("layer_norm", normalized_shape)
     return _call(_layer_norm, input, normalized_shape, weight, bias, eps)
 
 
@@ -183,4 +195,10 @@ def rms_norm(
             or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
+    _check_is_shape("rms_norm", normalized_shape)
     return _call(_rms_norm, input, normalized_shape, weight, eps)
+
+
+# In TorchScript a call of one of these functions is a call of the operator.
+for _name in __all__:
+    torch.jit._builtins._register_builtin(globals()[_name], f"normops::{_name}")

@@ -183,6 +183,8 @@ _INSTANCE_NORMS = [
 MODULES = [
     *_BATCH_NORMS,
     ModuleCase("BatchNorm1d", (6,), (9, 6)),
+    ModuleCase("SyncBatchNorm", (6,), SHAPE),
+    ModuleCase("SyncBatchNorm", (6,), (9, 6), {"affine": False, "momentum": None}),
     *_INSTANCE_NORMS,
     *(ModuleCase("GroupNorm", (groups, 6), SHAPE) for groups in (1, 3, 6)),
     ModuleCase("GroupNorm", (3, 6), SHAPE, {"affine": False}),

@@ -6,7 +6,7 @@ from cases import CASES, each, each_case, each_channel_case, each_dtype, each_ro
 from comparison import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import each_memory_format, in_order
+from layouts import LAYOUTS, each_memory_format, in_order
 
 import normops.functional as F
 
@@ -100,9 +100,20 @@ def test_contiguous_segments(case, positions, device):
 )
 @each_channel_case
 def test_channels_last_segments(case, shape, device):
-    """Segments of 32 to 256 positions, and blocks of 512 channels."""
+    """Segments of 64 to 256 positions, more where channels are few, and blocks of 512 channels."""
     sample = case.sample(shape, device=device)
     check(sample.with_input(sample.input.detach().contiguous(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("shape", [(9, 70, 7, 7), (33, 3, 2, 2), (8, 5, 16, 16), (300, 4, 3, 3), (8, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "misaligned", "sliced samples", "expanded samples", "sliced channels"]
+)
+@each([case for case in CASES if case.over_batch])
+def test_small_planes(case, layout, shape, device):
+    """Of many samples: each plane is taken for a wide channel of a channels_last line."""
+    sample = case.sample(shape, device=device)
+    check(sample.with_input(LAYOUTS[layout](sample.input.detach())))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 255, 257, 1031, 20000])
@@ -132,6 +143,17 @@ def test_any_shape_in_any_order(case, shape, dims, dtype):
 
 
 # Values.
+
+
+@each_memory_format
+@each_case
+def test_unlike_the_beginning(case, memory_format, device):
+    """A variance starts from a guess at the mean, taken from the first elements or some lines; here it is far off."""
+    sample = case.sample((2, 3, 40, 128), device=device)
+    far = sample.input.detach() + 1e4
+    far[..., :16] = 0
+    far[..., ::32, :] = 0
+    check(sample.with_input(far.contiguous(memory_format=memory_format)))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.14159, 1e4])

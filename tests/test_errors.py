@@ -61,10 +61,13 @@ TABLE = [
         bad(op, "integer weight", {"weight": SIX.int()}, "weight to be a strided tensor of floating dtype", "got Int")
         for op in CHANNEL_OPS
     ),
+    *(bad(op, "one dimension", {"input": SIX}, "at least 2 dimensions", "got shape [6]") for op in CHANNEL_OPS),
+    *(bad(op, "no dimension", {"input": SIX[0]}, "at least 2 dimensions", "got shape []") for op in CHANNEL_OPS),
     *(
-        bad(op, "one dimension", {"input": SIX}, "at least 2 dimensions", "got shape [6]", error=RuntimeError)
-        for op in CHANNEL_OPS
+        bad(op, "one dimension in evaluation", {"input": SIX, **STATS, flag: False}, "at least 2 dimensions", "[6]")
+        for op, flag in (("batch_norm", "training"), ("instance_norm", "use_input_stats"))
     ),
+    bad("batch_norm", "one dimension and statistics", {"input": SIX, **STATS}, "at least 2 dimensions", "[6]"),
     # group_norm
     bad("group_norm", "indivisible", {"num_groups": 4}, "num_groups to divide the channels", "4 groups", "[4, 6, 5]"),
     bad("group_norm", "no groups", {"num_groups": 0}, "num_groups > 0, got 0", error=RuntimeError),
@@ -90,6 +93,12 @@ TABLE = [
         )
         for op in ROW_OPS
     ),
+    *(
+        bad(op, f"{type(shape).__name__} as shape", {"normalized_shape": shape}, "tuple", type(shape).__name__)
+        for op in ROW_OPS
+        for shape in (5, torch.tensor([5]), range(5, 6), iter([5]))
+    ),
+    *(bad(op, "floats as shape", {"normalized_shape": (5.0,)}, "normalized_shape", "float") for op in ROW_OPS),
     # batch_norm
     bad("batch_norm", "evaluation", {"training": False}, "running_mean and running_var in evaluation", "got None"),
     bad("batch_norm", "one value", {"input": X[:1, :, :1]}, "more than 1 value per channel", "shape [1, 6, 1]"),
@@ -209,6 +218,35 @@ PRIVATE = {
         "var": (X, X, CHANNELS, CHANNELS[:5], None, 6, True, 1e-5, True, MASK),
         "statistics per sample": (X, X, CHANNELS, CHANNELS, None, 6, False, 1e-5, True, MASK),
         "weight": (X, X, CHANNELS, CHANNELS, FIVE, 6, True, 1e-5, True, MASK),
+    },
+    "_channel_moments": {
+        "right": (X,),
+        "one dimension": (X[0, 0],),
+        "dtype": (X.int(),),
+    },
+    "_merge_moments": {
+        "right": (CHANNELS, torch.ones(6, 4), torch.ones(6, 4)),
+        "count": (CHANNELS[:5], torch.ones(6, 4), torch.ones(6, 4)),
+        "var": (CHANNELS, torch.ones(6, 4), torch.ones(6, 3)),
+        "one dimension": (CHANNELS, CHANNELS, CHANNELS),
+    },
+    "_channel_grad_sums": {
+        "right": (X, X, CHANNELS, CHANNELS, 1e-5),
+        "gradient": (X[:3], X, CHANNELS, CHANNELS, 1e-5),
+        "gradient dtype": (X.half(), X, CHANNELS, CHANNELS, 1e-5),
+        "one dimension": (X[0, 0], X[0, 0], CHANNELS, CHANNELS, 1e-5),
+        "mean": (X, X, CHANNELS[:5], CHANNELS, 1e-5),
+        "var": (X, X, CHANNELS, CHANNELS[:5], 1e-5),
+    },
+    "_channel_grad_apply": {
+        "right": (X, X, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 20, 1e-5),
+        "gradient": (X[:3], X, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 20, 1e-5),
+        "mean": (X, X, CHANNELS[:5], CHANNELS, None, CHANNELS, CHANNELS, 20, 1e-5),
+        "var": (X, X, CHANNELS, CHANNELS[:5], None, CHANNELS, CHANNELS, 20, 1e-5),
+        "weight": (X, X, CHANNELS, CHANNELS, FIVE, CHANNELS, CHANNELS, 20, 1e-5),
+        "sum_dy": (X, X, CHANNELS, CHANNELS, None, CHANNELS[:5], CHANNELS, 20, 1e-5),
+        "sum_dy_xhat": (X, X, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS[:5], 20, 1e-5),
+        "count": (X, X, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 0, 1e-5),
     },
     "_update_running_stats": {
         "right": (SIX.clone(), SIX.clone(), CHANNELS, CHANNELS, 0.1, 20),

@@ -147,3 +147,40 @@ def test_forward_mode_with_some_tangents(case, leaves, device):
             ]
             results.append(forward_ad.unpack_dual(function(*duals)))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def private_forward(case, sample):
+    """The private operator behind a case, as a function of the differentiable tensors: (output, two statistics)."""
+    ops, fixed, names = torch.ops.normops, sample.fixed, list(sample.parameters)
+
+    def function(input, *values):
+        parameters = dict(zip(names, values, strict=True))
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if case.row_dims:
+            eps = fixed.get("eps", torch.finfo(input.dtype).eps if case.op == "rms_norm" else 1e-5)
+            return ops._row_norm(input, case.row_dims, weight, bias, eps, case.op == "layer_norm")
+        given = (fixed["running_mean"], fixed["running_var"]) if case.given_stats else (None, None)
+        groups = fixed.get("num_groups", input.shape[1])
+        over_batch = case.op == "batch_norm" or case.given_stats
+        return ops._channel_norm(input, *given, weight, bias, groups, over_batch, 1e-5)
+
+    return function
+
+
+@each_case
+def test_private_operators(case, device):
+    """Called directly they are as differentiable as the public ones, but for the statistics, which are constants."""
+    torch.manual_seed(0)
+    sample = case.sample(SHAPE, torch.float64, device=device)
+    function, tensors = private_forward(case, sample), (sample.input, *sample.parameters.values())
+    output, *statistics = function(*tensors)
+    assert torch.equal(output, sample.run())
+    assert output.requires_grad and not any(statistic.requires_grad for statistic in statistics)
+    assert gradcheck(lambda *args: function(*args)[0], tensors, check_forward_ad=True, fast_mode=True)
+    with torch.no_grad():
+        plain = function(*tensors)
+    mapped = torch.vmap(function)(*(tensor.detach()[None] for tensor in tensors))
+    for result, one, other in zip((output, *statistics), plain, mapped, strict=True):
+        assert result.dtype == one.dtype == other.dtype
+        torch.testing.assert_close(result, one)
+        torch.testing.assert_close(other[0], one)

@@ -101,3 +101,32 @@ def test_scale_invariance(case, device):
     expected = sample.run()
     sample.fixed["eps"] = 2.0**-2
     assert torch.equal(sample.with_input(16 * sample.input).run(), expected)
+
+
+@each_memory_format
+@each_dtype
+@SHAPES
+def test_stages_are_batch_norm(shape, dtype, memory_format, device):
+    """The stages one at a time, as SyncBatchNorm takes them, are those of the operators that take them all."""
+    ops = torch.ops.normops
+    x, dy = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    channels, weight = shape[1], torch.randn(shape[1], device=device)
+    count = x.numel() // channels
+    _, mean, var = ops._channel_norm(x, None, None, weight, None, channels, True, 1e-5)
+    assert all(map(torch.equal, ops._channel_moments(x), (mean, var)))
+    gradients = ops._channel_norm_backward(dy, x, mean, var, weight, channels, True, 1e-5, True, [True] * 3)
+    sum_dy, sum_dy_xhat = ops._channel_grad_sums(dy, x, mean, var, 1e-5)
+    dx = ops._channel_grad_apply(dy, x, mean, var, weight, sum_dy, sum_dy_xhat, count, 1e-5)
+    for ours, theirs in zip((dx, sum_dy_xhat, sum_dy), gradients, strict=True):
+        assert torch.equal(ours.to(theirs.dtype), theirs)
+
+
+def test_merged_moments():
+    """Of parts of different sizes, and of none."""
+    x = torch.randn(100, 6, dtype=torch.float64) + 1000
+    parts = x.split([30, 0, 1, 69])
+    count = torch.tensor([float(len(part)) for part in parts])
+    moments = [torch.ops.normops._channel_moments(part) for part in parts]
+    mean, var = torch.ops.normops._merge_moments(count, *(torch.stack(each) for each in zip(*moments, strict=True)))
+    torch.testing.assert_close(mean, x.mean(0))
+    torch.testing.assert_close(var, x.var(0, correction=0), rtol=1e-10, atol=0)

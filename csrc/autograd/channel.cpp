@@ -1,5 +1,6 @@
 // BatchNorm, InstanceNorm and GroupNorm as torch sees them: public operators, autograd, functorch.
 
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
@@ -10,10 +11,6 @@
 
 namespace normops {
 namespace {
-
-struct Statistics {
-  at::Tensor output, mean, var;
-};
 
 struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const OptionalTensor& weight,
@@ -99,21 +96,20 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                     output_mask);
 }
 
-// The normalised input; mean and var are undefined where they were given, or where the composition stands in.
-Statistics channel_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const OptionalTensor& given_mean, const OptionalTensor& given_var,
-                        const c10::SymInt& num_groups, bool over_batch, double eps) {
+// (output, mean, var)
+Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, c10::SymInt num_groups, bool over_batch,
+                      double eps) {
   if (composition_needed(input, weight, bias)) {
-    const Layer layer = channel_layer(input, num_groups, over_batch, eps, given_mean, given_var);
-    return {compose(layer, input, weight, bias), {}, {}};
+    return compose(channel_layer(input, num_groups, over_batch, eps, given_mean, given_var), input, weight, bias);
   }
   if (gradient_needed(input, weight, bias)) {
     const variable_list results =
         ChannelNorm::apply(input, weight, bias, given_mean, given_var, num_groups, over_batch, eps);
     return {results[0], results[1], results[2]};
   }
-  auto [output, mean, var] = ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps);
-  return {output, mean, var};
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return ops::channel_norm(input, given_mean, given_var, weight, bias, std::move(num_groups), over_batch, eps);
 }
 
 // Batch- and InstanceNorm with statistics of the input, which also move the running statistics.
@@ -121,15 +117,13 @@ at::Tensor norm_and_track(const at::Tensor& input, const OptionalTensor& running
                           const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
                           bool over_batch, double momentum, double eps) {
   const c10::SymInt channels = input.sym_size(1);
-  Statistics result = channel_norm(input, weight, bias, std::nullopt, std::nullopt, channels, over_batch, eps);
+  const auto [output, mean, var] =
+      channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, over_batch, eps);
   if (defined(running_mean) && input.sym_numel() != 0) {
     const c10::SymInt count = input.sym_numel() / (over_batch ? channels : channels * input.sym_size(0));
-    if (!result.mean.defined()) {
-      std::tie(result.mean, result.var) = compose_channel_statistics(input, over_batch);
-    }
-    ops::update_running_stats(*running_mean, *running_var, result.mean, result.var, momentum, count);
+    ops::update_running_stats(*running_mean, *running_var, mean, var, momentum, count);
   }
-  return result.output;
+  return output;
 }
 
 void check_affine(const char* op, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& input) {
@@ -138,24 +132,25 @@ void check_affine(const char* op, const OptionalTensor& weight, const OptionalTe
   check_parameter(op, "bias", bias, input, channels, "channels of input");
 }
 
-void check_dimensions(const char* op, const at::Tensor& input) {
-  check_input(op, input);
-  TORCH_CHECK(input.dim() >= 2, op, ": expected input with at least 2 dimensions (N, C, ...), got shape ",
-              input.sym_sizes());
+std::string too_few_dimensions(const char* op, const at::Tensor& input) {
+  return c10::str(op, ": expected input with at least 2 dimensions (N, C, ...), got shape ", input.sym_sizes());
 }
 
 at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
                       double eps) {
-  check_dimensions("batch_norm", input);
+  check_input("batch_norm", input);
+  // Torch looks for the size of a dimension that is not there, unless it misses running statistics first.
+  TORCH_CHECK_INDEX(input.dim() >= 2 || !training || defined(running_mean), too_few_dimensions("batch_norm", input));
+  TORCH_CHECK(input.dim() >= 2, too_few_dimensions("batch_norm", input));
   check_affine("batch_norm", weight, bias, input);
   if (!training) {
     TORCH_CHECK(defined(running_mean) && defined(running_var),
                 "batch_norm: expected running_mean and running_var in evaluation (training=False), got None");
     TORCH_CHECK_VALUE(eps >= 0, "batch_norm: expected eps >= 0, got ", eps);
     check_running_stats("batch_norm", running_mean, running_var, input);
-    return channel_norm(input, weight, bias, running_mean, running_var, input.sym_size(1), /*over_batch=*/true, eps)
-        .output;
+    return std::get<0>(channel_norm(input, running_mean, running_var, weight, bias, input.sym_size(1),
+                                    /*over_batch=*/true, eps));
   }
   TORCH_CHECK_VALUE(eps > 0, "batch_norm: expected eps > 0 in training, got ", eps);
   check_running_stats("batch_norm", running_mean, running_var, input);
@@ -168,14 +163,16 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mea
 at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                          const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats,
                          double momentum, double eps) {
-  check_dimensions("instance_norm", input);
+  check_input("instance_norm", input);
+  TORCH_CHECK_VALUE(input.dim() >= 2 || !use_input_stats, too_few_dimensions("instance_norm", input));
+  TORCH_CHECK_INDEX(input.dim() >= 2, too_few_dimensions("instance_norm", input));
   check_affine("instance_norm", weight, bias, input);
   check_running_stats("instance_norm", running_mean, running_var, input);
   if (!use_input_stats) {
     TORCH_CHECK(defined(running_mean) && defined(running_var),
                 "instance_norm: expected running_mean and running_var with use_input_stats=False, got None");
-    return channel_norm(input, weight, bias, running_mean, running_var, input.sym_size(1), /*over_batch=*/true, eps)
-        .output;
+    return std::get<0>(channel_norm(input, running_mean, running_var, weight, bias, input.sym_size(1),
+                                    /*over_batch=*/true, eps));
   }
   c10::SymInt positions = 1;
   for (const c10::SymInt& size : input.sym_sizes().slice(2)) positions *= size;
@@ -187,7 +184,8 @@ at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_
 
 at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {
-  check_dimensions("group_norm", input);
+  check_input("group_norm", input);
+  TORCH_CHECK(input.dim() >= 2, too_few_dimensions("group_norm", input));
   TORCH_CHECK(num_groups > 0, "group_norm: expected num_groups > 0, got ", num_groups);
   const c10::SymInt channels = input.sym_size(1);
   TORCH_CHECK(channels % num_groups == 0, "group_norm: expected num_groups to divide the channels of input, got ",
@@ -196,7 +194,8 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
   TORCH_CHECK_VALUE(input.sym_numel() != num_groups,
                     "group_norm: expected more than 1 value per group, got input of shape ", input.sym_sizes(), " in ",
                     num_groups, " groups");
-  return channel_norm(input, weight, bias, std::nullopt, std::nullopt, num_groups, /*over_batch=*/false, eps).output;
+  return std::get<0>(
+      channel_norm(input, std::nullopt, std::nullopt, weight, bias, num_groups, /*over_batch=*/false, eps));
 }
 
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
@@ -233,14 +232,19 @@ TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("batch_norm", batch_norm);
   m.impl("instance_norm", instance_norm);
   m.impl("group_norm", group_norm);
+  m.impl("_channel_norm", channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", compose_running_stats);
 }
 
 TORCH_LIBRARY_IMPL(normops, Autograd, m) {
-  m.impl("_channel_norm", torch::CppFunction::makeFallthrough());
+  m.impl("_channel_norm", channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
+  // The stages alone have no derivative: asking for one is an error, not a wrong number.
+  for (const char* stage : {"_channel_moments", "_merge_moments", "_channel_grad_sums", "_channel_grad_apply"}) {
+    m.impl(stage, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(normops, ADInplaceOrView, m) { m.impl("_update_running_stats", update_running_stats); }

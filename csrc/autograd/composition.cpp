@@ -20,17 +20,34 @@ class Normalized {
       : layer_(layer), input_(input), type_(acc_type(input)), constant_(defined(layer.mean)) {
     const at::Tensor x = view(input);
     if (constant_) {
-      xhat = x - parameter(layer.mean);
-      rstd = (parameter(layer.var) + layer.eps).rsqrt();
+      center = parameter(layer.mean);
+      xhat = x - center;
+      var = parameter(layer.var);
+    } else if (layer.centered) {
+      center = mean(x);
+      xhat = x - center;
+      low = mean(xhat);  // what rounding lost of the mean
+      xhat = xhat - low;
+      var = mean(xhat * xhat);
     } else {
-      xhat = layer.centered ? x - mean(x) : x;
-      if (layer.centered) xhat = xhat - mean(xhat);  // what rounding lost of the first mean
-      rstd = (mean(xhat * xhat) + layer.eps).rsqrt();
+      xhat = x;
+      var = mean(x * x);
     }
+    rstd = (var + layer.eps).rsqrt();
     xhat = xhat * rstd;
   }
 
-  at::Tensor xhat, rstd;
+  at::Tensor xhat, center, low, var, rstd;
+
+  // The mean and what else is saved of the statistics, as the engines return them.
+  std::pair<at::Tensor, at::Tensor> statistics() const {
+    const auto save = [&](const at::Tensor& t) {
+      return t.detach().to(at::kDouble).reshape_symint(layer_.frame.statistics_shape);
+    };
+    const at::Tensor second = save(layer_.frame.save_rstd ? rstd : var);
+    if (!center.defined()) return {at::zeros_like(second), second};
+    return {low.defined() ? save(center) + save(low) : save(center), second};
+  }
 
   // Into the frame, in the type of the arithmetic, and back.
   at::Tensor view(const at::Tensor& t) const { return t.to(type_).reshape_symint(layer_.frame.view); }
@@ -86,12 +103,15 @@ Frame row_frame(const at::Tensor& input, int64_t normalized_ndim) {
     frame.view.push_back(input.sym_size(d));
     if (d < first) {
       frame.parameter_dims.push_back(d);
+      frame.statistics_shape.push_back(input.sym_size(d));
     } else {
       frame.dims.push_back(d);
+      frame.statistics_shape.push_back(1);
       frame.parameter_shape.push_back(input.sym_size(d));
     }
   }
   frame.parameter_view = frame.parameter_shape;
+  frame.save_rstd = true;
   return frame;
 }
 
@@ -102,31 +122,27 @@ Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool
   for (int64_t d = 2; d < input.dim(); ++d) positions = positions * input.sym_size(d);
   Frame frame;
   frame.view = {input.sym_size(0), num_groups, group_size, positions};
-  if (over_batch)
+  if (over_batch) {
     frame.dims = {0, 2, 3};
-  else
+    frame.statistics_shape = {num_groups};
+  } else {
     frame.dims = {2, 3};
+    frame.statistics_shape = {input.sym_size(0), num_groups};
+  }
+  frame.save_rstd = false;
   frame.parameter_shape = {channels};
   frame.parameter_view = {1, num_groups, group_size, 1};
   frame.parameter_dims = {0, 3};
   return frame;
 }
 
-at::Tensor compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight,
-                   const OptionalTensor& bias) {
+Tensors3 compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight,
+                 const OptionalTensor& bias) {
   const Normalized x(layer, input);
   at::Tensor y = x.times_weight(x.xhat, weight);
   if (defined(bias)) y = y + x.parameter(bias);
-  return x.like_input(y);
-}
-
-std::pair<at::Tensor, at::Tensor> compose_channel_statistics(const at::Tensor& input, bool over_batch) {
-  at::DimVector dims;
-  for (int64_t d = 0; d < input.dim(); ++d) {
-    if (d > 1 || (d == 0 && over_batch)) dims.push_back(d);
-  }
-  const at::Tensor x = input.to(at::kDouble);
-  return {x.mean(dims), x.var(dims, /*unbiased=*/false)};
+  const auto [mean, second] = x.statistics();
+  return {x.like_input(y), mean, second};
 }
 
 Tensors3 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,

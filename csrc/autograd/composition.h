@@ -18,6 +18,8 @@ struct Frame {
   c10::SymDimVector parameter_shape;
   c10::SymDimVector parameter_view;
   at::DimVector parameter_dims;
+  c10::SymDimVector statistics_shape;
+  bool save_rstd;  // the statistic saved beside the mean: rstd of rows, var of channels
 };
 Frame row_frame(const at::Tensor& input, int64_t normalized_ndim);
 Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch);
@@ -30,11 +32,8 @@ struct Layer {
   OptionalTensor var{};
 };
 
-at::Tensor compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight,
-                   const OptionalTensor& bias);
-
-// Mean and biased variance of every channel, over the batch or per sample.
-std::pair<at::Tensor, at::Tensor> compose_channel_statistics(const at::Tensor& input, bool over_batch);
+// What the engine's forward returns: the output, and the statistics in float64, which have no derivative.
+Tensors3 compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias);
 
 // (dx, dweight, dbias)
 Tensors3 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,

@@ -2,8 +2,6 @@
 
 #include <torch/library.h>
 
-#include <limits>
-
 #include "../checks.h"
 #include "../ops.h"
 #include "composition.h"
@@ -12,27 +10,49 @@
 namespace normops {
 namespace {
 
+// What is saved beside tensors, in two entries: each costs as much time as the rows of a small input.
+struct Settings {
+  int64_t normalized_ndim;
+  double eps;
+  bool centered;
+  bool has_bias;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["layer"] = normalized_ndim << 2 | int64_t(centered) << 1 | int64_t(has_bias);
+  }
+
+  explicit Settings(AutogradContext* ctx) : eps(ctx->saved_data["eps"].toDouble()) {
+    const int64_t layer = ctx->saved_data["layer"].toInt();
+    normalized_ndim = layer >> 2;
+    centered = (layer & 2) != 0;
+    has_bias = (layer & 1) != 0;
+  }
+  Settings(int64_t normalized_ndim, double eps, bool centered, bool has_bias)
+      : normalized_ndim(normalized_ndim), eps(eps), centered(centered), has_bias(has_bias) {}
+};
+
 struct RowNorm : torch::autograd::Function<RowNorm> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, int64_t normalized_ndim,
-                            const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, int64_t normalized_ndim,
+                               const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
+                               bool with_statistics) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [output, mean, rstd] = ops::row_norm(input, normalized_ndim, weight, bias, eps, centered);
     ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, rstd});
-    ctx->saved_data["normalized_ndim"] = normalized_ndim;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["centered"] = centered;
-    ctx->saved_data["has_bias"] = defined(bias);
-    return output;
+    Settings(normalized_ndim, eps, centered, defined(bias)).save(ctx);
+    if (!with_statistics) return {output};
+    ctx->mark_non_differentiable({mean, rstd});
+    return {output, mean, rstd};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    if (!grads[0].defined()) return variable_list(6);
-    auto [dx, dweight, dbias] =
-        ops::row_norm_backward(grads[0], saved[0], ctx->saved_data["normalized_ndim"].toInt(), saved[2], saved[3],
-                               saved[1], ctx->saved_data["eps"].toDouble(), ctx->saved_data["centered"].toBool(),
-                               gradients_wanted(ctx, saved[1].defined(), ctx->saved_data["has_bias"].toBool()));
-    return {dx, {}, dweight, dbias, {}, {}};
+    if (!grads[0].defined()) return variable_list(7);
+    const Settings layer(ctx);
+    auto [dx, dweight, dbias] = ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3],
+                                                       saved[1], layer.eps, layer.centered,
+                                                       gradients_wanted(ctx, saved[1].defined(), layer.has_bias));
+    return {dx, {}, dweight, dbias, {}, {}, {}};
   }
 };
 
@@ -44,9 +64,7 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
     const Tensors3 grads =
         ops::row_norm_backward(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask);
     ctx->save_for_backward({grad_output, input, weight.value_or(at::Tensor())});
-    ctx->saved_data["normalized_ndim"] = normalized_ndim;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["centered"] = centered;
+    Settings(normalized_ndim, eps, centered, /*has_bias=*/false).save(ctx);
     save_mask(ctx, output_mask);
     return only_wanted(grads, output_mask);
   }
@@ -54,8 +72,8 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& input = saved[1];
-    const Layer layer{row_frame(input, ctx->saved_data["normalized_ndim"].toInt()), ctx->saved_data["eps"].toDouble(),
-                      ctx->saved_data["centered"].toBool()};
+    const Settings settings(ctx);
+    const Layer layer{row_frame(input, settings.normalized_ndim), settings.eps, settings.centered};
     auto [to_dy, to_x, to_weight] =
         compose_double_backward(layer, all_three(grads, saved_mask(ctx)), saved[0], input, saved[2]);
     return {to_dy, to_x, {}, {}, {}, to_weight, {}, {}, {}};
@@ -78,15 +96,24 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   return ops::row_norm_backward(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask);
 }
 
-at::Tensor row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
-                    const OptionalTensor& bias, double eps, bool centered) {
+// The statistics are left out of the graph, and out of the result, where they are not asked for.
+Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
+                  const OptionalTensor& bias, double eps, bool centered, bool with_statistics) {
   if (composition_needed(input, weight, bias)) {
     return compose({row_frame(input, normalized_ndim), eps, centered}, input, weight, bias);
   }
   if (gradient_needed(input, weight, bias)) {
-    return RowNorm::apply(input, normalized_ndim, weight, bias, eps, centered);
+    const variable_list results = RowNorm::apply(input, normalized_ndim, weight, bias, eps, centered, with_statistics);
+    if (!with_statistics) return {results[0], {}, {}};
+    return {results[0], results[1], results[2]};
   }
-  return std::get<0>(ops::row_norm(input, normalized_ndim, weight, bias, eps, centered));
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return ops::row_norm(input, normalized_ndim, weight, bias, eps, centered);
+}
+
+Tensors3 row_norm_and_statistics(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
+                                 const OptionalTensor& bias, double eps, bool centered) {
+  return row_norm(input, normalized_ndim, weight, bias, eps, centered, /*with_statistics=*/true);
 }
 
 at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
@@ -95,7 +122,8 @@ at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_sh
   check_normalized_shape("layer_norm", input, normalized_shape);
   check_parameter("layer_norm", "weight", weight, input, normalized_shape, "normalized_shape");
   check_parameter("layer_norm", "bias", bias, input, normalized_shape, "normalized_shape");
-  return row_norm(input, normalized_shape.size(), weight, bias, eps, /*centered=*/true);
+  return std::get<0>(row_norm(input, normalized_shape.size(), weight, bias, eps, /*centered=*/true,
+                              /*with_statistics=*/false));
 }
 
 at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
@@ -103,10 +131,9 @@ at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shap
   check_input("rms_norm", input);
   check_normalized_shape("rms_norm", input, normalized_shape);
   check_parameter("rms_norm", "weight", weight, input, normalized_shape, "normalized_shape");
-  // Torch's default: the machine epsilon of the arithmetic.
-  const double epsilon = input.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                            : std::numeric_limits<float>::epsilon();
-  return row_norm(input, normalized_shape.size(), weight, std::nullopt, eps.value_or(epsilon), /*centered=*/false);
+  return std::get<0>(row_norm(input, normalized_shape.size(), weight, std::nullopt,
+                              eps.value_or(default_rms_eps(input)),
+                              /*centered=*/false, /*with_statistics=*/false));
 }
 
 }  // namespace
@@ -119,11 +146,12 @@ TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("layer_norm", layer_norm);
   m.impl("rms_norm", rms_norm);
+  m.impl("_row_norm", row_norm_and_statistics);
   m.impl("_row_norm_backward", row_norm_backward);
 }
 
 TORCH_LIBRARY_IMPL(normops, Autograd, m) {
-  m.impl("_row_norm", torch::CppFunction::makeFallthrough());
+  m.impl("_row_norm", row_norm_and_statistics);
   m.impl("_row_norm_backward", row_norm_backward);
 }
 

@@ -11,6 +11,7 @@
 #include "../statistics.h"
 #include "../tensors.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace normops::cpu {
@@ -18,8 +19,8 @@ namespace {
 
 // A contiguous input is walked in blocks of channels, long enough that memory is read in runs of this size.
 constexpr int64_t kRunBytes = 4 * 1024;
-// A region of the input that is still in cache when the third stage comes back to it.
-constexpr int64_t kCacheBytes = 1024 * 1024;
+// What a thread takes at a time where no group has to be kept together.
+constexpr int64_t kBatchBytes = 64 * 1024;
 // Channels merged by one thread at a time.
 constexpr int64_t kMergeChannels = 64;
 
@@ -39,19 +40,29 @@ struct Operand {
                 channel * strides.channel,
             g.layout == Layout::kContiguous ? strides.channel : strides.position};
   }
+
+  // Asks for the beginning of a segment: the processor sees a run of memory coming only once it is under way.
+  void prefetch(const Geometry& g, int64_t segment, int64_t channel) const {
+    constexpr int64_t kLines = 8, kLineElements = 64 / sizeof(T);
+    const T* const begin = lines(g, segment, channel).data;
+    for (int64_t i = 0; i < kLines; ++i) __builtin_prefetch(begin + i * kLineElements);
+  }
 };
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+enum class Order { kForwards, kBackwards };
+
 // f(region) for regions of `segments` by `channels`, shared among threads.
 template <typename F>
-void for_regions(const Geometry& g, int64_t segments, int64_t channels, const F& f) {
+void for_regions(const Geometry& g, int64_t segments, int64_t channels, Order order, const F& f) {
   const int64_t across = (g.channels + channels - 1) / channels;
   const int64_t down = (g.segments() + segments - 1) / segments;
   const int64_t elements = g.elements() / std::max<int64_t>(1, across * down);
   parallel(across * down, elements, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t segment = i / across * segments, channel = i % across * channels;
+      const int64_t at = order == Order::kForwards ? i : begin + end - 1 - i;
+      const int64_t segment = at / across * segments, channel = at % across * channels;
       f(Region{segment, std::min(segment + segments, g.segments()), channel, std::min(channel + channels, g.channels)});
     }
   });
@@ -59,38 +70,69 @@ void for_regions(const Geometry& g, int64_t segments, int64_t channels, const F&
 
 // f(segment, tile) for every segment of a region.
 template <typename F>
-void for_tiles(const Geometry& g, const Region& r, const F& f) {
-  for (int64_t k = r.first_segment; k < r.last_segment; ++k) {
-    f(k, Tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k)});
+void for_tiles(const Geometry& g, const Region& r, Order order, const F& f) {
+  for (int64_t i = r.first_segment; i < r.last_segment; ++i) {
+    const int64_t k = order == Order::kForwards ? i : r.first_segment + r.last_segment - 1 - i;
+    f(k, Tile{g.layout, r.last_channel - r.first_channel, g.segment_count(k), g.width});
   }
 }
 
-// Runs the three stages. Where the data of whole groups fits in cache and there are enough of them for all threads,
-// a thread takes a group through all stages while it is there: one pass over memory. Otherwise every stage is shared
-// among all threads in turn. Both ways do the same arithmetic in the same order.
-template <typename Reduce, typename Merge, typename Apply>
-void run_stages(const Geometry& g, int64_t element_size, const Reduce& reduce, const Merge& merge, const Apply& apply) {
+// f(row, group, channel) for every group of a region: its row, its statistic, its first channel.
+template <typename F>
+void for_groups(const Geometry& g, const Region& r, const F& f) {
   const int64_t row_segments = g.segments_per_row();
-  int64_t channels = g.channels;
-  if (g.layout == Layout::kContiguous) {
-    const int64_t wanted = kRunBytes / std::max<int64_t>(1, g.positions * element_size);
-    channels = std::min(g.channels, round_up(std::max<int64_t>(1, wanted), g.group_size()));
+  for (int64_t row = r.first_segment / row_segments; row * row_segments < r.last_segment; ++row) {
+    for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
+      f(row, row * g.num_groups + c / g.group_size(), c);
+    }
   }
-  const int64_t region_bytes = g.samples_per_row() * g.positions * channels * element_size;
+}
+
+// Runs the stages: reduce, merge and coefficients for a group, and then apply, which begins where reduce ended, as that
+// is still in cache. A thread takes a group through all stages if there are enough of them for all threads. Otherwise
+// every stage is shared among all threads in turn. With statistics given there is no order to keep: memory is read
+// once, and the sums of the backward pass are merged at the end. All ways do the same arithmetic.
+template <typename Reduce, typename Merge, typename Coefficients, typename Apply>
+void run_stages(const Geometry& g, int64_t element_size, bool given, const Reduce& reduce, const Merge& merge,
+                const Coefficients& coefficients, const Apply& apply) {
+  const int64_t row_segments = g.segments_per_row();
+  const auto channels_of = [&](int64_t bytes, int64_t bytes_per_channel) {
+    const int64_t wanted = bytes / std::max<int64_t>(1, bytes_per_channel);
+    return std::min(g.channels, round_up(std::max<int64_t>(1, wanted), g.group_size()));
+  };
+  const int64_t few_channels = channels_of(kMergeChannels, 1);
+  if (given) {
+    const bool lines = g.layout == Layout::kChannelsLast;
+    const int64_t positions = std::min(g.positions, g.segment_length);
+    const int64_t channels = lines ? g.channels : channels_of(kBatchBytes, positions * element_size);
+    for_regions(g, row_segments, few_channels, Order::kForwards, coefficients);
+    for_regions(g, 1, channels, Order::kForwards, [&](const Region& r) {
+      reduce(r);
+      apply(r);
+    });
+    for_regions(g, row_segments, few_channels, Order::kForwards, merge);
+    return;
+  }
+  // A run of memory that belongs to one channel: a position's, in channels_last only where it is wide.
+  const int64_t run = g.layout == Layout::kContiguous ? g.positions : g.width;
+  const int64_t channels = run > 1 ? channels_of(kRunBytes, run * element_size) : g.channels;
   const int64_t regions = g.rows() * ((g.channels + channels - 1) / channels);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + g.elements() / kElementsPerThread);
-  const bool balanced = regions % threads == 0 || regions >= 4 * threads;
-  if (threads == 1 || (balanced && region_bytes <= kCacheBytes)) {
-    for_regions(g, row_segments, channels, [&](const Region& r) {
+  if (regions % threads == 0 || regions >= 4 * threads) {
+    for_regions(g, row_segments, channels, Order::kForwards, [&](const Region& r) {
       reduce(r);
       merge(r);
+      coefficients(r);
       apply(r);
     });
     return;
   }
-  for_regions(g, 1, channels, reduce);
-  for_regions(g, row_segments, std::min(g.channels, round_up(kMergeChannels, g.group_size())), merge);
-  for_regions(g, 1, channels, apply);
+  for_regions(g, 1, channels, Order::kForwards, reduce);
+  for_regions(g, row_segments, few_channels, Order::kForwards, [&](const Region& r) {
+    merge(r);
+    coefficients(r);
+  });
+  for_regions(g, 1, channels, Order::kBackwards, apply);
 }
 
 template <typename A>
@@ -114,16 +156,18 @@ struct Parameter {
 
 // Joins, in place and in order, the moments of all segments of a row into those of its first.
 void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t last, double* mean, double* m2) {
-  double count = g.segment_count(first);
+  const auto elements = [&](int64_t segment) { return double(g.segment_count(segment) * g.width); };  // of a channel
+  double count = elements(first);
   for (int64_t k = first + 1; k < last; ++k) {
-    const MomentsMerge merge(count, g.segment_count(k));
-    count += g.segment_count(k);
+    const MomentsMerge merge(count, elements(k));
+    count += elements(k);
     for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
       merge(mean[first * g.channels + c], m2[first * g.channels + c], mean[k * g.channels + c], m2[k * g.channels + c]);
     }
   }
 }
 
+// Any of the three stages can be left out: the first where statistics are given, the last where y is null.
 template <typename T>
 void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<T>> weight, Parameter<Acc<T>> bias,
              double eps, bool given, double* stat_mean, double* stat_var) {
@@ -140,7 +184,8 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
 
   const auto reduce = [&](const Region& r) {
     if (given) return;
-    for_tiles(g, r, [&](int64_t k, Tile tile) {
+    for_tiles(g, r, Order::kForwards, [&](int64_t k, Tile tile) {
+      if (k + 1 < r.last_segment) x.prefetch(g, k + 1, r.first_channel);
       tile.channels /= join;
       tile.positions *= join;
       Lines<const T> lines = x.lines(g, k, r.first_channel);
@@ -150,50 +195,67 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<
     });
   };
   const auto merge = [&](const Region& r) {
+    if (given) return;
     for (int64_t first = r.first_segment; first < r.last_segment; first += row_segments) {
-      const int64_t row = first / row_segments;
-      if (!given) merge_segments(g, r, first, first + row_segments, mean.data.get(), m2.data.get());
-      for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
-        const int64_t group = row * g.num_groups + c / g.group_size(), at = first * C + c / join;
-        if (!given) {
-          const double count = double(g.samples_per_row() * g.positions);  // of each channel
-          double group_mean = mean[at], group_m2 = m2[at];
-          for (int64_t i = 1; i < g.group_size() / join; ++i) {
-            MomentsMerge(i * count, count)(group_mean, group_m2, mean[at + i], m2[at + i]);
-          }
-          stat_mean[group] = group_mean;
-          stat_var[group] = group_m2 / g.elements_per_group();
-        }
-        const SplitMean<A> split(stat_mean[group]);
-        const double rstd = 1 / std::sqrt(stat_var[group] + eps);
-        for (int64_t i = c; i < c + g.group_size(); ++i) {
-          const double factor = rstd * weight[i];
-          center[row * C + i] = split.center;
-          scale[row * C + i] = A(factor);
-          shift[row * C + i] = A(bias[i] - split.low * factor);
-        }
-      }
+      merge_segments(g, r, first, first + row_segments, mean.data.get(), m2.data.get());
     }
+    const int64_t elements = g.elements_per_group();
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const int64_t at = row * row_segments * C + c / join;
+      const int64_t parts = g.group_size() / join;
+      const double count = double(elements) / parts;  // of each part: equal ones need no chain of merges
+      double group_mean = 0, group_m2 = 0;
+      for (int64_t i = 0; i < parts; ++i) group_mean += mean[at + i];
+      group_mean /= parts;
+      for (int64_t i = 0; i < parts; ++i) {
+        const double distance = mean[at + i] - group_mean;
+        group_m2 += m2[at + i] + count * distance * distance;
+      }
+      stat_mean[group] = group_mean;
+      stat_var[group] = group_m2 / elements;
+    });
+  };
+  const auto coefficients = [&](const Region& r) {
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const SplitMean<A> split(stat_mean[group]);
+      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+      for (int64_t i = c; i < c + g.group_size(); ++i) {
+        const double factor = rstd * weight[i];
+        center[row * C + i] = split.center;
+        scale[row * C + i] = A(factor);
+        shift[row * C + i] = A(bias[i] - split.low * factor);
+      }
+    });
   };
   const auto apply = [&](const Region& r) {
-    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
+    if (y.data == nullptr) return;
+    for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       kernel.apply(tile, x.lines(g, k, r.first_channel), y.lines(g, k, r.first_channel),
                    {center + at, scale + at, shift + at});
     });
   };
-  run_stages(g, sizeof(T), reduce, merge, apply);
+  run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
 }
 
+// Sums of dy and dy * xhat per channel over all of the `count` elements that share a statistic. Null: over this input.
+struct GradTotals {
+  const double* dy = nullptr;
+  const double* dy_xhat = nullptr;
+  double count = 0;
+};
+
 // dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
-// statistics are constants (evaluation).
-template <typename T>
+// statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
+// be only a part, and the whole is given as `totals`. The last is left out where dx is null.
+template <typename T, typename P>
 void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<Acc<T>> weight,
-              const double* stat_mean, const double* stat_var, double eps, bool given, Acc<T>* dweight, Acc<T>* dbias) {
+              const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
+              P* dweight, P* dbias) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
-  const bool sums_needed = dweight || dbias || !given;
+  const bool sums_needed = dweight || dbias || !(given || totals.dy);
   const Scratch<double> sum_dy(sums_needed ? g.segments() * C : 0), sum_dy_x(sums_needed ? g.segments() * C : 0);
   const Scratch<A> center(g.rows() * C), scale(g.rows() * C), slope(g.rows() * C), shift(g.rows() * C);
   for (int64_t group = 0; group < g.rows() * g.num_groups; ++group) {
@@ -202,7 +264,11 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
 
   const auto reduce = [&](const Region& r) {
     if (!sums_needed) return;
-    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
+    for_tiles(g, r, Order::kForwards, [&](int64_t k, const Tile& tile) {
+      if (k + 1 < r.last_segment) {
+        dy.prefetch(g, k + 1, r.first_channel);
+        x.prefetch(g, k + 1, r.first_channel);
+      }
       const int64_t at = k * C + r.first_channel;
       kernel.grad_sums(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
                        center + (g.row_of(g.sample_of(k)) * C + r.first_channel), sum_dy + at, sum_dy_x + at);
@@ -210,59 +276,65 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
   };
   // Leaves in the first segment of each row: sum dy, and sum dy * (x - mean) * rstd.
   const auto merge = [&](const Region& r) {
+    if (!sums_needed) return;
     for (int64_t first = r.first_segment; first < r.last_segment; first += row_segments) {
-      const int64_t row = first / row_segments;
-      for (int64_t k = first + 1; sums_needed && k < first + row_segments; ++k) {
+      for (int64_t k = first + 1; k < first + row_segments; ++k) {
         for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
           sum_dy[first * C + c] += sum_dy[k * C + c];
           sum_dy_x[first * C + c] += sum_dy_x[k * C + c];
         }
       }
-      for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
-        const int64_t group = row * g.num_groups + c / g.group_size();
-        const SplitMean<A> split(stat_mean[group]);
-        const double rstd = 1 / std::sqrt(stat_var[group] + eps);
-        double group_dy = 0, group_dy_xhat = 0;
-        for (int64_t i = c; sums_needed && i < c + g.group_size(); ++i) {
-          double& dy_xhat = sum_dy_x[first * C + i];
-          dy_xhat = (dy_xhat - split.low * sum_dy[first * C + i]) * rstd;
-          group_dy += sum_dy[first * C + i] * weight[i];
-          group_dy_xhat += dy_xhat * weight[i];
-        }
-        const double n = g.elements_per_group();
-        const InputGradient gradient(rstd, split.low, group_dy / n, group_dy_xhat / n, /*centered=*/true);
-        for (int64_t i = c; i < c + g.group_size(); ++i) {
-          scale[row * C + i] = A(rstd * weight[i]);
-          slope[row * C + i] = given ? A(0) : A(gradient.slope);
-          shift[row * C + i] = given ? A(0) : A(gradient.shift);
-        }
-      }
     }
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const double low = SplitMean<A>(stat_mean[group]).low;
+      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+      for (int64_t i = row * row_segments * C + c, end = i + g.group_size(); i < end; ++i) {
+        sum_dy_x[i] = (sum_dy_x[i] - low * sum_dy[i]) * rstd;
+      }
+    });
+  };
+  const auto coefficients = [&](const Region& r) {
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
+      for (int64_t i = c; i < c + g.group_size(); ++i) scale[row * C + i] = A(rstd * weight[i]);
+      if (given) return;
+      const int64_t at = row * row_segments * C;
+      const GradTotals sums =
+          totals.dy ? totals : GradTotals{sum_dy + at, sum_dy_x + at, double(g.elements_per_group())};
+      double group_dy = 0, group_dy_xhat = 0;
+      for (int64_t i = c; i < c + g.group_size(); ++i) {
+        group_dy += sums.dy[i] * weight[i];
+        group_dy_xhat += sums.dy_xhat[i] * weight[i];
+      }
+      const double low = SplitMean<A>(stat_mean[group]).low;
+      const InputGradient gradient(rstd, low, group_dy / sums.count, group_dy_xhat / sums.count, /*centered=*/true);
+      std::fill_n(slope + (row * C + c), g.group_size(), A(gradient.slope));
+      std::fill_n(shift + (row * C + c), g.group_size(), A(gradient.shift));
+    });
   };
   const auto apply = [&](const Region& r) {
     if (dx.data == nullptr) return;
-    for_tiles(g, r, [&](int64_t k, const Tile& tile) {
+    for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       const Lines<const T> from = dy.lines(g, k, r.first_channel);
       const Lines<T> to = dx.lines(g, k, r.first_channel);
       if (given) {
-        const A* const zeros = slope + at;
-        kernel.apply(tile, from, to, {zeros, scale + at, zeros});
+        kernel.scale(tile, from, to, scale + at);
       } else {
         kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
                           {center + at, scale + at, slope + at, shift + at});
       }
     });
   };
-  run_stages(g, 2 * sizeof(T), reduce, merge, apply);
+  run_stages(g, 2 * sizeof(T), given || totals.dy, reduce, merge, coefficients, apply);
 
-  const auto sum_rows = [&](const Scratch<double>& sums, A* total) {
+  const auto sum_rows = [&](const Scratch<double>& sums, P* total) {
     if (total == nullptr) return;
     parallel(C, g.rows(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         double sum = 0;
         for (int64_t row = 0; row < g.rows(); ++row) sum += sums[row * row_segments * C + c];
-        total[c] = A(sum);
+        total[c] = P(sum);
       }
     });
   };
@@ -274,8 +346,8 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
                       const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, bool over_batch,
                       double eps) {
   at::Tensor x = input;
-  at::Tensor output = at::empty_like(input, input.suggest_memory_format());
-  const auto view = channel_view({&x, &output}, num_groups, over_batch);
+  at::Tensor output = prepare_output(at::empty_like(input, input.suggest_memory_format()));
+  const auto view = wide_channel_view({&x, &output}, num_groups, over_batch);
   const Geometry& g = view.geometry;
   const bool given = defined(given_mean);
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
@@ -304,10 +376,10 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   at::Tensor dx;
   std::vector<at::Tensor*> operands{&x, &dy};
   if (output_mask[0]) {
-    dx = at::empty_like(input, input.suggest_memory_format());
+    dx = prepare_output(at::empty_like(input, input.suggest_memory_format()));
     operands.push_back(&dx);
   }
-  const auto view = channel_view(operands, num_groups, over_batch);
+  const auto view = wide_channel_view(operands, num_groups, over_batch);
   const Geometry& g = view.geometry;
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
@@ -324,12 +396,105 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
           backward<scalar_t>(g, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
                              {x.const_data_ptr<scalar_t>(), view.strides[0]},
                              {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
-                             means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats,
+                             means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats, {},
                              dweight.defined() ? dweight.mutable_data_ptr<A>() : nullptr,
                              dbias.defined() ? dbias.mutable_data_ptr<A>() : nullptr);
         });
   }
   return {dx, dweight, dbias};
+}
+
+// The stages one at a time, per channel and over the batch: between them SyncBatchNorm joins what its ranks have found.
+
+// An input as BatchNorm sees it.
+ChannelView batch_view(const std::vector<at::Tensor*>& tensors) {
+  const at::Tensor& input = *tensors.front();
+  return wide_channel_view(tensors, input.dim() < 2 ? 0 : input.size(1), /*over_batch=*/true);
+}
+
+std::pair<at::Tensor, at::Tensor> zero_statistics(const at::Tensor& input) {
+  const auto options = input.options().dtype(at::kDouble);
+  return {at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
+}
+
+Tensors2 channel_moments(const at::Tensor& input) {
+  at::Tensor x = input;
+  const auto view = batch_view({&x});
+  const auto [mean, var] = zero_statistics(input);
+  if (view.geometry.elements() == 0) return {mean, var};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
+    forward<scalar_t>(view.geometry, {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, {{}, 0}, /*eps=*/1,
+                      /*given=*/false, mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
+  });
+  return {mean, var};
+}
+
+Tensors2 channel_grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                           const at::Tensor& var, double eps) {
+  at::Tensor x = input, dy = grad_output;
+  const auto view = batch_view({&x, &dy});
+  const auto [sum_dy, sum_dy_xhat] = zero_statistics(input);
+  const at::Tensor means = as_parameter(mean, input, input.size(1), at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, input, input.size(1), at::kDouble, "var");
+  if (view.geometry.elements() == 0) return {sum_dy, sum_dy_xhat};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_sums", [&] {
+    backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                       {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, means.const_data_ptr<double>(),
+                       vars.const_data_ptr<double>(), eps, /*given=*/true, {}, sum_dy_xhat.mutable_data_ptr<double>(),
+                       sum_dy.mutable_data_ptr<double>());
+  });
+  return {sum_dy, sum_dy_xhat};
+}
+
+at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                              const at::Tensor& var, const OptionalTensor& weight, const at::Tensor& sum_dy,
+                              const at::Tensor& sum_dy_xhat, int64_t count, double eps) {
+  at::Tensor x = input, dy = grad_output;
+  at::Tensor dx = at::empty_like(input, input.suggest_memory_format());
+  const auto view = batch_view({&x, &dy, &dx});
+  const auto statistic = [&](const at::Tensor& tensor, const char* name) {
+    return as_parameter(tensor, input, input.size(1), at::kDouble, name);
+  };
+  const at::Tensor means = statistic(mean, "mean"), vars = statistic(var, "var");
+  const at::Tensor dys = statistic(sum_dy, "sum_dy"), dys_xhat = statistic(sum_dy_xhat, "sum_dy_xhat");
+  if (view.geometry.elements() == 0) return dx;
+  TORCH_CHECK(count > 0, "normops: expected count > 0, got ", count);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
+    const at::Tensor w = as_parameter(weight, input, input.size(1), acc_type(input), "weight");
+    const GradTotals totals{dys.const_data_ptr<double>(), dys_xhat.const_data_ptr<double>(), double(count)};
+    double* const unwanted = nullptr;
+    backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                       {x.const_data_ptr<scalar_t>(), view.strides[0]},
+                       {dx.mutable_data_ptr<scalar_t>(), view.strides[2]}, {w, 1}, means.const_data_ptr<double>(),
+                       vars.const_data_ptr<double>(), eps, /*given=*/false, totals, unwanted, unwanted);
+  });
+  return dx;
+}
+
+// The moments of a whole from those of its parts, one a row, taken in order.
+Tensors2 merge_moments(const at::Tensor& count, const at::Tensor& mean, const at::Tensor& var) {
+  TORCH_CHECK(count.dim() == 1 && mean.dim() == 2 && mean.size(0) == count.size(0) && mean.sizes() == var.sizes(),
+              "normops: expected count of shape (R) and mean and var of shape (R, C), got ", count.sizes(), ", ",
+              mean.sizes(), " and ", var.sizes());
+  const int64_t parts = mean.size(0), channels = mean.size(1);
+  const at::Tensor counts = as_parameter(count, mean, parts, at::kDouble, "count");
+  const at::Tensor means = as_parameter(mean, mean, mean.numel(), at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, mean, mean.numel(), at::kDouble, "var");
+  at::Tensor merged_mean = at::zeros({channels}, means.options()), merged_var = at::zeros_like(merged_mean);
+  double* const total_mean = merged_mean.mutable_data_ptr<double>();
+  double* const total_m2 = merged_var.mutable_data_ptr<double>();
+  double total = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const double n = counts.const_data_ptr<double>()[part];
+    if (n == 0) continue;
+    const double* const part_mean = means.const_data_ptr<double>() + part * channels;
+    const double* const part_var = vars.const_data_ptr<double>() + part * channels;
+    const MomentsMerge merge(total, n);
+    for (int64_t c = 0; c < channels; ++c) merge(total_mean[c], total_m2[c], part_mean[c], part_var[c] * n);
+    total += n;
+  }
+  if (total > 0) merged_var.div_(total);
+  return {merged_mean, merged_var};
 }
 
 // running = (1 - momentum) * running + momentum * statistic, with the unbiased variance of `count` values; statistics
@@ -363,6 +528,10 @@ TORCH_LIBRARY_IMPL(normops, CPU, m) {
   m.impl("_update_running_stats", update_running_stats);
   m.impl("_channel_norm", channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
+  m.impl("_channel_moments", channel_moments);
+  m.impl("_channel_grad_sums", channel_grad_sums);
+  m.impl("_channel_grad_apply", channel_grad_apply);
+  m.impl("_merge_moments", merge_moments);
 }
 
 }  // namespace normops::cpu

@@ -4,6 +4,7 @@
 // channels_last: a line is one position's channels, sums run across lines and coefficients run along them.
 
 #include <algorithm>
+#include <numeric>
 
 #include "lines.h"
 
@@ -12,8 +13,7 @@ namespace {
 
 // Elements of a channels_last line handled at once: their sums live on the stack and stay in the first-level cache.
 constexpr int64_t kBlock = 512;
-// Narrow lines are joined up to this length.
-constexpr int64_t kJoined = 2 * kNarrowChannels;
+static_assert(kWidest <= kBlock);
 
 // Some channels of a channels_last tile. Where a position's channels are few, `repeat` positions are taken for one
 // line, so that lines are not all tail: sums are taken per element of that line and folded, and coefficients are
@@ -21,93 +21,130 @@ constexpr int64_t kJoined = 2 * kNarrowChannels;
 struct Block {
   int64_t first;     // channel
   int64_t channels;  // distinct ones
+  int64_t width;     // neighbours that belong to one channel
   int64_t repeat;
   int64_t positions;
 
-  int64_t length() const { return channels * repeat; }
+  int64_t period() const { return channels * width; }
+  int64_t length() const { return period() * repeat; }
+  int64_t whole_lines() const { return positions / repeat; }
 
   // f(position, lines, length) for the lines of whole length, then for what is left.
   template <typename F>
   void each(F f) const {
-    const int64_t whole = positions / repeat, left = positions % repeat;
-    if (whole > 0) f(int64_t(0), whole, length());
-    if (left > 0) f(whole * repeat, int64_t(1), left * channels);
+    f(int64_t(0), whole_lines(), length());
+    const int64_t left = positions % repeat;
+    if (left > 0) f(positions - left, int64_t(1), left * period());
   }
 
-  // `source` holds a value per channel of the block, `target` one per element of the line in pack order; and the
-  // reverse, summed.
+  // The lines from a position on, `repeat` positions each.
+  template <typename T>
+  Lines<T> lines(const Lines<T>& x, int64_t position) const {
+    return {x[position] + first * width, x.stride * repeat};
+  }
+
+  // `source` holds a value per channel of the block, `target` one per element of the line in pack order.
   template <typename T, typename S>
   void spread(const S* source, Acc<T>* target) const {
-    for (int64_t j = 0; j < length(); j += channels) {
-      for (int64_t c = 0; c < channels; ++c) target[Pack<T>::position(j + c)] = Acc<T>(source[c]);
+    alignas(64) Acc<T> natural[kBlock] = {};
+    for (int64_t r = 0; r < repeat; ++r) {
+      for (int64_t c = 0; c < channels; ++c) std::fill_n(natural + r * period() + c * width, width, Acc<T>(source[c]));
     }
+    for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
+      load_natural<T>(natural + j, Full{}).store_packed(target + j);
   }
+
+  // The reverse, summed: `target` has one value per channel.
   template <typename T>
   void fold(const Acc<T>* source, double* target) const {
-    for (int64_t c = 0; c < channels; ++c) target[c] = source[Pack<T>::position(c)];
-    for (int64_t j = channels; j < length(); j += channels) {
-      for (int64_t c = 0; c < channels; ++c) target[c] += source[Pack<T>::position(j + c)];
+    using A = Acc<T>;
+    alignas(64) A natural[kBlock];
+    for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
+      store_natural<T>(Pack<T>::load_packed(source + j), natural + j, Full{});
+    std::fill_n(target, channels, 0.0);
+    for (int64_t r = 0; r < repeat; ++r) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const A* const own = natural + r * period() + c * width;
+        target[c] += width == 1 ? own[0] : sum_along<A, 1>(width, [&](int64_t j, auto lanes, Pack<A>* sums) {
+          sums[0] = sums[0] + Pack<A>::load(own + j, lanes);
+        })[0];
+      }
     }
   }
 };
 
-template <typename F>
+// Positions taken for one line: as many as fill whole packs, if a block holds them.
+template <typename T>
+int64_t positions_per_line(const Tile& tile) {
+  if (tile.width > 1 || tile.channels > kNarrowChannels) return 1;
+  const int64_t unit = Pack<T>::kSize / std::gcd(Pack<T>::kSize, tile.channels);
+  const int64_t unit_length = unit * tile.channels;
+  if (unit_length > kBlock) return kBlock / tile.channels;
+  return unit * std::max<int64_t>(1, kJoined / unit_length);
+}
+
+template <typename T, typename F>
 void for_blocks(const Tile& tile, F f) {
-  const int64_t repeat = std::clamp<int64_t>(kJoined / tile.channels, 1, tile.positions);
-  for (int64_t c = 0; c < tile.channels; c += kBlock) {
-    f(Block{c, std::min(kBlock, tile.channels - c), repeat, tile.positions});
+  const int64_t repeat = std::min(positions_per_line<T>(tile), tile.positions), channels = kBlock / tile.width;
+  for (int64_t c = 0; c < tile.channels; c += channels) {
+    f(Block{c, std::min(channels, tile.channels - c), tile.width, repeat, tile.positions});
   }
 }
 
-// The lines of a block, `repeat` positions each, from a position on.
 template <typename T>
-Lines<T> lines_of(const Lines<T>& x, const Block& block, int64_t position) {
-  return {x[position] + block.first, x.stride * block.repeat};
-}
-
-template <typename T>
-void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
+NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
     const bool done = if_short<T>(tile.positions, [&](auto packs) {
-      ShortLine<T, packs> line(tile.positions);
-      for (int64_t c = 0; c < tile.channels; ++c) {
-        line.load(x[c]);
-        const double center = line.center();
-        const auto [low, squares] = line.mean_and_squares();
-        mean[c] = center + low;
-        m2[c] = squares - low * low * tile.positions;
+      ShortLines<T, packs> lines(tile.positions);
+      for (int64_t c = 0; c < tile.channels; c += lines.kCount) {
+        const int64_t count = std::min<int64_t>(lines.kCount, tile.channels - c);
+        lines.template take_moments<true>([&](int64_t i) { return x[c + std::min(i, count - 1)]; });
+        std::copy_n(lines.mean, count, mean + c);
+        std::copy_n(lines.m2, count, m2 + c);
       }
     });
     for (int64_t c = 0; !done && c < tile.channels; ++c) std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
     return;
   }
-  const double inverse = 1.0 / tile.positions;
-  for_blocks(tile, [&](const Block& block) {
-    alignas(64) A center[kBlock] = {};
-    alignas(64) A sums[2][kBlock] = {};
-    block.each([&](int64_t position, int64_t lines, int64_t length) {
-      const Lines<const T> from = lines_of(x, block, position);
-      sum_across<T, 1>(lines, length, center, 0, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-        s[0] = s[0] + Pack<T>::load(from[line] + j, lanes);
-      });
-    });
+  for_blocks<T>(tile, [&](const Block& block) {
     double* const block_mean = mean + block.first;
     double* const block_m2 = m2 + block.first;
-    block.fold<T>(center, block_mean);
-    for (int64_t c = 0; c < block.channels; ++c) block_mean[c] = A(block_mean[c] * inverse);
-    block.spread<T>(block_mean, center);
-    block.each([&](int64_t position, int64_t lines, int64_t length) {
-      const Lines<const T> from = lines_of(x, block, position);
-      sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-        const Pack<T> d = (Pack<T>::load(from[line] + j, lanes) - Pack<T>::load_packed(center + j)).masked(lanes);
-        s[0] = s[0] + d;
-        s[1] = fmadd(d, d, s[1]);
-      });
+    alignas(64) A center[kBlock] = {};
+    // The first guess: the mean of a few lines from all over the tile.
+    constexpr int64_t kFew = 8;
+    const int64_t few = std::min(kFew, block.whole_lines()), step = block.whole_lines() / few;
+    const Lines<const T> all = block.lines(x, 0), some{all.data, all.stride * step};
+    sum_across<T, 1>(few, block.length(), center, 0, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
+      s[0] = s[0] + Pack<T>::load(some[line] + j, lanes);
     });
+    block.fold<T>(center, block_mean);
+    const double few_inverse = 1.0 / (few * block.repeat * block.width);
+    for (int64_t c = 0; c < block.channels; ++c) block_mean[c] = A(block_mean[c] * few_inverse);
+
+    const double inverse = 1.0 / (tile.positions * tile.width);
     double first[kBlock];
-    block.fold<T>(sums[0], first);
-    block.fold<T>(sums[1], block_m2);
+    bool near = false;
+    for (int pass = 0; pass < 2 && !near; ++pass) {
+      alignas(64) A sums[2][kBlock] = {};
+      block.spread<T>(block_mean, center);
+      block.each([&](int64_t position, int64_t lines, int64_t length) {
+        const Lines<const T> from = block.lines(x, position);
+        sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
+          const Pack<T> d = (Pack<T>::load(from[line] + j, lanes) - Pack<T>::load_packed(center + j)).masked(lanes);
+          s[0] = s[0] + d;
+          s[1] = fmadd(d, d, s[1]);
+        });
+      });
+      block.fold<T>(sums[0], first);
+      block.fold<T>(sums[1], block_m2);
+      near = true;
+      for (int64_t c = 0; pass == 0 && c < block.channels; ++c) {
+        if (guess_was_near(first[c], block_m2[c], inverse)) continue;
+        block_mean[c] = A(block_mean[c] + first[c] * inverse);
+        near = false;
+      }
+    }
     for (int64_t c = 0; c < block.channels; ++c) {
       const double low = first[c] * inverse;
       block_mean[c] += low;
@@ -117,8 +154,8 @@ void moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
 }
 
 template <typename T>
-void grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<T>* center, double* sum_dy,
-               double* sum_dy_x) {
+NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<T>* center, double* sum_dy,
+                         double* sum_dy_x) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
     for (int64_t c = 0; c < tile.channels; ++c) {
@@ -136,12 +173,12 @@ void grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<
     }
     return;
   }
-  for_blocks(tile, [&](const Block& block) {
+  for_blocks<T>(tile, [&](const Block& block) {
     alignas(64) A centers[kBlock] = {};
     alignas(64) A sums[2][kBlock] = {};
     block.spread<T>(center + block.first, centers);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
-      const Lines<const T> from = lines_of(x, block, position), grads = lines_of(dy, block, position);
+      const Lines<const T> from = block.lines(x, position), grads = block.lines(dy, position);
       sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
         const Pack<T> g = Pack<T>::load(grads[line] + j, lanes);
         s[0] = s[0] + g;
@@ -176,13 +213,13 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out
     }
     return;
   }
-  for_blocks(tile, [&](const Block& block) {
+  for_blocks<T>(tile, [&](const Block& block) {
     alignas(64) Acc<T> packed[kArrays][kBlock] = {};
     for (int k = 0; k < kArrays; ++k) block.spread<T>(arrays[k] + block.first, packed[k]);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       for (int64_t line = 0; line < lines; ++line) {
-        for (int i = 0; i < kInputs; ++i) from[i] = lines_of(inputs[i], block, position)[line];
-        run(from, lines_of(out, block, position)[line], length,
+        for (int i = 0; i < kInputs; ++i) from[i] = block.lines(inputs[i], position)[line];
+        run(from, block.lines(out, position)[line], length,
             [&](int k, int64_t j) { return Pack<T>::load_packed(packed[k] + j); });
       }
     });
@@ -190,16 +227,21 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out
 }
 
 template <typename T>
-void apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
+NORMOPS_KERNEL apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
   map<T, 1, 3>(tile, {x}, y, {k.center, k.scale, k.shift},
                [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]); });
 }
 
 template <typename T>
-void grad_apply(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
-                const BackwardCoefficients<Acc<T>>& k) {
+NORMOPS_KERNEL grad_apply(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
+                          const BackwardCoefficients<Acc<T>>& k) {
   map<T, 2, 4>(tile, {dy, x}, dx, {k.center, k.scale, k.slope, k.shift},
                [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0], k[1], fmadd(v[1] - k[0], k[2], k[3])); });
+}
+
+template <typename T>
+NORMOPS_KERNEL scale(const Tile& tile, Lines<const T> dy, Lines<T> dx, const Acc<T>* factor) {
+  map<T, 1, 1>(tile, {dy}, dx, {factor}, [](const Pack<T>* v, const Pack<T>* k) { return v[0] * k[0]; });
 }
 
 template <typename T>
@@ -208,14 +250,17 @@ void add(Kernels<T>& kernels) {
   kernels.grad_sums = grad_sums<T>;
   kernels.apply = apply<T>;
   kernels.grad_apply = grad_apply<T>;
+  kernels.scale = scale<T>;
 }
 
 }  // namespace
 
 void add_channel_kernels(KernelTable& table) {
+#ifndef __AVX512BF16__  // which only bfloat16 has a use for
   add(table.f32);
   add(table.f64);
   add(table.f16);
+#endif
   add(table.bf16);
 }
 

@@ -24,11 +24,13 @@ struct Lines {
   T* operator[](int64_t line) const { return data + line * stride; }
 };
 
-// A rectangle of one sample: some channels by some positions of one segment.
+// A rectangle of one sample: some channels by some positions of one segment. In a channels_last line `width` neighbours
+// belong to one channel.
 struct Tile {
   Layout layout;
   int64_t channels;
   int64_t positions;
+  int64_t width;
 };
 
 // y = (x - center) * scale + shift, one entry per channel of the tile.
@@ -84,7 +86,9 @@ struct Kernels {
   int64_t pack_size;
   bool memory_order;
   void (*pack_parameter)(const Acc<T>* natural, int64_t length, Acc<T>* packed);
-  void (*unpack_parameter)(const Acc<T>* packed, int64_t length, Acc<T>* natural);
+  void (*widen_parameter)(const T* natural, int64_t length, Acc<T>* packed);
+  // Adds up, in double and in order, blocks of sums in pack order, `stride` apart.
+  void (*sum_blocks)(const Acc<T>* sums, int64_t blocks, int64_t stride, int64_t length, Acc<T>* natural);
 
   void (*row_forward)(const RowForward<T>&, int64_t begin, int64_t end);
   void (*row_backward)(const RowBackward<T>&, int64_t begin, int64_t end);
@@ -97,6 +101,7 @@ struct Kernels {
   void (*apply)(const Tile&, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>&);
   void (*grad_apply)(const Tile&, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
                      const BackwardCoefficients<Acc<T>>&);
+  void (*scale)(const Tile&, Lines<const T> dy, Lines<T> dx, const Acc<T>* scale);  // with constant statistics
 };
 
 struct KernelTable {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <utility>
 
@@ -50,30 +51,42 @@ NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int6
 // Sums in float are taken over at most this many elements before they go on in double.
 constexpr int64_t kChunk = 4096;
 
-// Mean and M2 of one chunk by the corrected two-pass formula. Deviations are taken from the rounded mean; their own
-// mean is what rounding lost, so it sharpens both results at no cost.
-template <typename T>
-NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse) {
-  const auto [total] = sum_along<T, 1>(
-      n, [&](int64_t j, auto lanes, Pack<T>* sums) { sums[0] = sums[0] + Pack<T>::load(x + j, lanes); });
-  const Acc<T> center = total * Acc<T>(inverse);
-  const auto [first, second] = sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
-    const Pack<T> d = (Pack<T>::load(x + j, lanes) - center).masked(lanes);
-    sums[0] = sums[0] + d;
-    sums[1] = fmadd(d, d, sums[1]);
-  });
-  const double low = first * inverse;
-  return {center + low, second - first * low};
+// Deviations from a guess at the mean, n of them, with sum `first` and sum of squares `second`, give the moments by the
+// corrected formula: mean = guess + first / n, M2 = second - first^2 / n. The last difference keeps its digits as long
+// as the guess is within some standard deviations of the mean, so one pass is enough unless this says it was not.
+NORMOPS_INLINE bool guess_was_near(double first, double second, double inverse) {
+  return first * first * inverse <= 0.8 * second;
 }
 
-// Mean and M2 of a line, chunk by chunk while the chunk is in cache.
+// Mean and M2 of one chunk, given a guess at the mean.
+template <typename T>
+NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse, Acc<T> guess) {
+  const auto deviations = [&](const Acc<T> center) {
+    return sum_along<T, 2>(n, [&](int64_t j, auto lanes, Pack<T>* sums) {
+      const Pack<T> d = (Pack<T>::load(x + j, lanes) - center).masked(lanes);
+      sums[0] = sums[0] + d;
+      sums[1] = fmadd(d, d, sums[1]);
+    });
+  };
+  auto sums = deviations(guess);
+  if (!guess_was_near(sums[0], sums[1], inverse)) {
+    guess = Acc<T>(guess + sums[0] * inverse);
+    sums = deviations(guess);
+  }
+  const double low = sums[0] * inverse;
+  return {guess + low, sums[1] - sums[0] * low};
+}
+
+// Mean and M2 of a line, chunk by chunk while the chunk is in cache. Each chunk's guess is the mean so far; that of the
+// first, the mean of its first pack.
 template <typename T>
 NORMOPS_INLINE std::pair<double, double> moments_along(const T* x, int64_t length) {
   int64_t begin = std::min(kChunk, length);
-  auto [mean, m2] = chunk_moments(x, begin, 1.0 / begin);
+  const int64_t few = std::min(Pack<T>::kSize, length);
+  auto [mean, m2] = chunk_moments(x, begin, 1.0 / begin, Pack<T>::load(x, Tail{few}).sum() / Acc<T>(few));
   for (; begin < length; begin += kChunk) {
     const int64_t n = std::min(kChunk, length - begin);
-    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n);
+    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n, Acc<T>(mean));
     MomentsMerge(begin, n)(mean, m2, chunk_mean, chunk_m2);
   }
   return {mean, m2};
@@ -103,24 +116,65 @@ struct ShortLine {
     each([&](int i, int64_t j, auto lanes) { values[i] = Pack<T>::load(x + j, lanes); });
   }
 
-  // Takes the (rounded) mean off the values, and returns it.
-  NORMOPS_INLINE Acc<T> center() {
+  NORMOPS_INLINE Pack<T> sum() const {
     Pack<T> total;
     each([&](int i, int64_t, auto) { total = total + values[i]; });
-    const Acc<T> center = total.sum() * Acc<T>(inverse);
+    return total;
+  }
+  NORMOPS_INLINE Pack<T> sum_of_squares() const {
+    Pack<T> total;
+    each([&](int i, int64_t, auto) { total = fmadd(values[i], values[i], total); });
+    return total;
+  }
+  NORMOPS_INLINE void subtract(Acc<T> center) {
     each([&](int i, int64_t, auto lanes) { values[i] = (values[i] - center).masked(lanes); });
-    return center;
+  }
+};
+
+// As many short lines at once as registers hold, so that they are summed together.
+template <typename T, int kPacks>
+struct ShortLines {
+  static constexpr int kVectors = sizeof(typename Pack<T>::Vec) >= 64 ? 16 : 8;
+  static constexpr int kMost = std::min<int64_t>(8, Pack<T>::kLanes);
+  static constexpr int kCount =
+      std::clamp<int>(std::bit_floor(unsigned(kVectors / (kPacks * Pack<T>::kParts))), 1, kMost);
+
+  ShortLine<T, kPacks> line[kCount];
+  double mean[kCount], m2[kCount];
+  Acc<T> low[kCount];  // what rounding lost of the means
+
+  explicit ShortLines(int64_t length) : ShortLines(length, std::make_integer_sequence<int, kCount>{}) {}
+
+  // Loads the lines at address(0), address(1), ..., takes their moments (mean and sum of squares about it; or, if not
+  // centered, about zero) and leaves in `line` their deviations from the means without `low`.
+  template <bool kCentered, typename Address>
+  NORMOPS_INLINE void take_moments(Address address) {
+    std::array<Acc<T>, kCount> center{}, first{};
+    unroll<kCount>([&](auto r) { line[r].load(address(r)); });
+    Pack<T> sums[kCount];
+    if constexpr (kCentered) {
+      unroll<kCount>([&](auto r) { sums[r] = line[r].sum(); });
+      center = sums_of<T>(sums);
+      unroll<kCount>([&](auto r) {
+        center[r] *= Acc<T>(line[r].inverse);
+        line[r].subtract(center[r]);
+        sums[r] = line[r].sum();
+      });
+      first = sums_of<T>(sums);
+    }
+    unroll<kCount>([&](auto r) { sums[r] = line[r].sum_of_squares(); });
+    const auto second = sums_of<T>(sums);
+    for (int r = 0; r < kCount; ++r) {
+      const double exact_low = first[r] * line[0].inverse;
+      mean[r] = center[r] + exact_low;
+      m2[r] = second[r] - first[r] * exact_low;
+      low[r] = Acc<T>(exact_low);
+    }
   }
 
-  // The mean and sum of squares of the values.
-  NORMOPS_INLINE std::pair<double, double> mean_and_squares() const {
-    Pack<T> first, second;
-    each([&](int i, int64_t, auto) {
-      first = first + values[i];
-      second = fmadd(values[i], values[i], second);
-    });
-    return {first.sum() * inverse, second.sum()};
-  }
+ private:
+  template <int... I>
+  ShortLines(int64_t length, std::integer_sequence<int, I...>) : line{((void)I, ShortLine<T, kPacks>(length))...} {}
 };
 
 // f(packs) with the number of packs in a line as a constant, if the line is short; false if it is not.

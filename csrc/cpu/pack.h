@@ -7,6 +7,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <tuple>
@@ -34,7 +35,7 @@ struct PackOrder {
   static constexpr int64_t kSize = kParts * kLanes;
   static constexpr bool kSplit = std::is_same_v<T, c10::BFloat16> && kSplitBFloat16;
 
-  // Where element j of a line lies in an array in pack order.
+  // Where element j of a line lies in pack order.
   static constexpr int64_t position(int64_t j) {
     return kSplit ? j / kSize * kSize + j % 2 * kLanes + j % kSize / 2 : j;
   }
@@ -116,9 +117,14 @@ struct Pack : PackOrder<T> {
     return result;
   }
 
-  NORMOPS_INLINE A sum() const {
+  NORMOPS_INLINE Vec sum_of_parts() const {
     Vec total = part[0];
     for (int i = 1; i < kParts; ++i) total = total + part[i];
+    return total;
+  }
+
+  NORMOPS_INLINE A sum() const {
+    const Vec total = sum_of_parts();
     if constexpr (std::is_same_v<A, float>) {
       return at::vec::vec_reduce_all<A>([](Vec& a, Vec& b) { return a + b; }, total);
     } else {
@@ -148,6 +154,63 @@ struct Pack : PackOrder<T> {
     return c;
   }
 };
+
+// Between pack order and arrays in memory order.
+template <typename T>
+NORMOPS_INLINE Pack<T> load_natural(const Acc<T>* source, Full) {
+  Pack<T> result = Pack<T>::load_packed(source);
+  if constexpr (PackOrder<T>::kSplit) {
+    std::tie(result.part[0], result.part[1]) = at::vec::deinterleave2<Acc<T>>(result.part[0], result.part[1]);
+  }
+  return result;
+}
+template <typename T>
+NORMOPS_INLINE void store_natural(Pack<T> pack, Acc<T>* target, Full) {
+  if constexpr (PackOrder<T>::kSplit) {
+    std::tie(pack.part[0], pack.part[1]) = at::vec::interleave2<Acc<T>>(pack.part[0], pack.part[1]);
+  }
+  pack.store_packed(target);
+}
+template <typename T>
+NORMOPS_INLINE Pack<T> load_natural(const Acc<T>* source, Tail tail) {
+  Acc<T> whole[Pack<T>::kSize] = {};
+  std::copy_n(source, tail.count, whole);
+  return load_natural<T>(whole, Full{});
+}
+template <typename T>
+NORMOPS_INLINE void store_natural(const Pack<T>& pack, Acc<T>* target, Tail tail) {
+  Acc<T> whole[Pack<T>::kSize];
+  store_natural<T>(pack, whole, Full{});
+  std::copy_n(whole, tail.count, target);
+}
+
+// The sums of several packs, a power of two of them: each step adds the odd elements of all vectors to the even ones
+// and puts the halves of two vectors into one, which is far less work than summing one after the other. A sum does not
+// depend on what the other packs hold.
+template <typename T, int kCount>
+NORMOPS_INLINE std::array<Acc<T>, kCount> sums_of(const Pack<T> (&packs)[kCount]) {
+  using Vec = typename Pack<T>::Vec;
+  constexpr int64_t kLanes = Pack<T>::kLanes;
+  const auto add_neighbours = [](const Vec& a, const Vec& b) {
+    const auto [even, odd] = at::vec::deinterleave2<Acc<T>>(a, b);
+    return even + odd;
+  };
+  Vec vectors[kCount];
+  for (int i = 0; i < kCount; ++i) vectors[i] = packs[i].sum_of_parts();
+  int64_t left = kCount;
+  for (int64_t step = 1; step < kLanes; step *= 2) {
+    left = left > 1 ? left / 2 : 1;
+    for (int64_t i = 0; i < left; ++i) {
+      vectors[i] = kCount == 1 || step >= kCount ? add_neighbours(vectors[0], vectors[0])
+                                                 : add_neighbours(vectors[2 * i], vectors[2 * i + 1]);
+    }
+  }
+  Acc<T> lanes[kLanes];
+  vectors[0].store(lanes);
+  std::array<Acc<T>, kCount> result;
+  std::copy_n(lanes, kCount, result.begin());
+  return result;
+}
 
 template <typename F, int... I>
 NORMOPS_INLINE void unroll(std::integer_sequence<int, I...>, F f) {

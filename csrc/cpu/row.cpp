@@ -8,6 +8,7 @@
 
 #include "../tensors.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace normops::cpu {
@@ -32,17 +33,25 @@ Lines<T> lines(const at::Tensor& rows) {
     return {rows.mutable_data_ptr<Element>(), rows.stride(0)};
 }
 
-// A weight or bias as the kernels read it. Most lie that way already.
+// A weight or bias as the kernels read it. Most in float lie that way already; one of the input's own type is widened
+// here rather than by torch, whose conversion takes longer than the rows of a small input.
 template <typename T>
 struct RowParameter {
   at::Tensor tensor;
 
-  RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t length, const char* name)
-      : tensor(as_parameter(parameter, input, length, acc_type(input), name)) {
+  RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t length, const char* name) {
+    if (!defined(parameter)) return;
+    const bool own = parameter->scalar_type() == input.scalar_type();
+    tensor = as_parameter(parameter, input, length, own ? input.scalar_type() : acc_type(input), name);
     const Kernels<T>& kernel = kernels().of<T>();
-    if (!tensor.defined() || (kernel.memory_order && length % kernel.pack_size == 0)) return;
-    const at::Tensor packed = at::zeros({padded(length)}, tensor.options());
-    kernel.pack_parameter(tensor.const_data_ptr<Acc<T>>(), length, packed.mutable_data_ptr<Acc<T>>());
+    const bool widen = own && !std::is_same_v<T, Acc<T>>;
+    if (!widen && kernel.memory_order && length % kernel.pack_size == 0) return;
+    const at::Tensor packed = at::detail::empty_cpu({padded(length)}, input.options().dtype(acc_type(input)));
+    Acc<T>* const target = packed.mutable_data_ptr<Acc<T>>();
+    if (widen)
+      kernel.widen_parameter(tensor.const_data_ptr<T>(), length, target);
+    else
+      kernel.pack_parameter(tensor.const_data_ptr<Acc<T>>(), length, target);
     tensor = packed;
   }
 
@@ -54,20 +63,18 @@ struct RowParameter {
   const Acc<T>* data() const { return tensor.defined() ? tensor.const_data_ptr<Acc<T>>() : nullptr; }
 };
 
-// Adds up the blocks' sums, in double and in order, into those of the first.
+// The gradient of a weight or bias from the sums of all blocks.
 template <typename T>
-at::Tensor add_blocks(Acc<T>* sums, int64_t blocks, int64_t stride, at::IntArrayRef shape, at::TensorOptions options) {
-  using A = Acc<T>;
+at::Tensor sum_blocks(const Acc<T>* sums, int64_t blocks, int64_t stride, at::IntArrayRef shape,
+                      at::TensorOptions options) {
   if (blocks == 0) return at::zeros(shape, options);
-  parallel(stride, blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      double total = 0;
-      for (int64_t block = 0; block < blocks; ++block) total += sums[block * stride + j];
-      sums[j] = A(total);
-    }
-  });
   at::Tensor result = at::detail::empty_cpu(shape, options);
-  kernels().of<T>().unpack_parameter(sums, result.numel(), result.mutable_data_ptr<A>());
+  Acc<T>* const total = result.mutable_data_ptr<Acc<T>>();
+  const int64_t length = result.numel(), unit = 16 * kernels().of<T>().pack_size;
+  parallel((length + unit - 1) / unit, unit * blocks, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * unit;
+    kernels().of<T>().sum_blocks(sums + from, blocks, stride, std::min(length, end * unit) - from, total + from);
+  });
   return result;
 }
 
@@ -78,6 +85,7 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   // Without the dispatcher: it would take longer than the rows of a small input.
   const auto shape = row_statistics_shape(input, normalized_ndim);
   at::Tensor output = at::detail::empty_cpu(input.sizes(), input.options());
+  prepare_output(output);
   at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm", [&] {
@@ -109,7 +117,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const at::Tensor means = as_parameter(mean, input, rows, at::kDouble, "mean");
   const at::Tensor rstds = as_parameter(rstd, input, rows, at::kDouble, "rstd");
   at::Tensor dx, dweight, dbias;
-  if (output_mask[0]) dx = at::detail::empty_cpu(input.sizes(), input.options());
+  if (output_mask[0]) dx = prepare_output(at::detail::empty_cpu(input.sizes(), input.options()));
   const bool params = output_mask[1] || output_mask[2];
   if (!params && !output_mask[0]) return {};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm_backward", [&] {
@@ -144,8 +152,8 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
       }
     });
     const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
-    if (output_mask[1]) dweight = add_blocks<scalar_t>(sums, blocks, stride, shape, partial.options());
-    if (output_mask[2]) dbias = add_blocks<scalar_t>(sums + blocks * stride, blocks, stride, shape, partial.options());
+    if (output_mask[1]) dweight = sum_blocks<scalar_t>(sums, blocks, stride, shape, partial.options());
+    if (output_mask[2]) dbias = sum_blocks<scalar_t>(sums + blocks * stride, blocks, stride, shape, partial.options());
   });
   return {dx, dweight, dbias};
 }

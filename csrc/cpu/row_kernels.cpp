@@ -7,6 +7,12 @@
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
+// Asks for what is read after the results of now are stored: memory and arithmetic then take their time together.
+template <typename T>
+NORMOPS_INLINE void prefetch(const T* address) {
+  __builtin_prefetch(address, 0, 2);
+}
+
 template <typename T>
 double sum_of_squares(const T* x, int64_t length) {
   double total = 0;
@@ -21,7 +27,7 @@ double sum_of_squares(const T* x, int64_t length) {
 }
 
 template <typename T, bool kWeight, bool kBias>
-void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+NORMOPS_KERNEL row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; ++row) {
@@ -35,40 +41,49 @@ void row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
     const SplitMean<A> split(mean);
     const A center = split.center;
     const Pack<T> scale = A(rstd), shift = A(-split.low * rstd);
-    sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
-      Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
-      if constexpr (kWeight && kBias) {
-        v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
-      } else if constexpr (kWeight) {
-        v = v * Pack<T>::load_packed(a.weight + j);
-      } else if constexpr (kBias) {
-        v = v + Pack<T>::load_packed(a.bias + j);
-      }
-      v.store(y + j, lanes);
-    });
+    const T* const next = a.x[std::min(row + 1, end - 1)];
+    // From the end, where the row is still in cache.
+    for (int64_t from = (a.length - 1) / kChunk * kChunk; from >= 0; from -= kChunk) {
+      sweep<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, auto) {
+        const int64_t j = from + i;
+        if (a.length <= kChunk) prefetch(next + j);
+        Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
+        if constexpr (kWeight && kBias) {
+          v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
+        } else if constexpr (kWeight) {
+          v = v * Pack<T>::load_packed(a.weight + j);
+        } else if constexpr (kBias) {
+          v = v + Pack<T>::load_packed(a.bias + j);
+        }
+        v.store(y + j, lanes);
+      });
+    }
   }
 }
 
-template <typename T, int kPacks>
-void short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
-  ShortLine<T, kPacks> line(a.length);
+template <typename T, int kPacks, bool kCentered>
+NORMOPS_KERNEL short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+  ShortLines<T, kPacks> lines(a.length);
   Pack<T> weight[kPacks], bias[kPacks];
-  line.each([&](int i, int64_t j, auto) {
+  lines.line[0].each([&](int i, int64_t j, auto) {
     weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1);
     bias[i] = a.bias ? Pack<T>::load_packed(a.bias + j) : Pack<T>(0);
   });
-  for (int64_t row = begin; row < end; ++row) {
-    line.load(a.x[row]);
-    const double center = a.centered ? line.center() : 0.0;
-    auto [low, squares] = line.mean_and_squares();
-    if (!a.centered) low = 0;
-    const double rstd = 1 / std::sqrt(squares * line.inverse - low * low + a.eps);
-    a.mean[row] = center + low;
-    a.rstd[row] = rstd;
-    const Pack<T> scale = Acc<T>(rstd), shift = Acc<T>(-low * rstd);
-    T* y = a.y[row];
-    line.each([&](int i, int64_t j, auto lanes) {
-      fmadd(fmadd(line.values[i], scale, shift), weight[i], bias[i]).store(y + j, lanes);
+  const double inverse = 1.0 / a.length;
+  for (int64_t row = begin; row < end; row += lines.kCount) {
+    const int64_t count = std::min<int64_t>(lines.kCount, end - row);
+    lines.template take_moments<kCentered>([&](int64_t i) { return a.x[row + std::min(i, count - 1)]; });
+    double rstd[lines.kCount];
+    for (int r = 0; r < lines.kCount; ++r) rstd[r] = 1 / std::sqrt(lines.m2[r] * inverse + a.eps);
+    std::copy_n(lines.mean, count, a.mean + row);
+    std::copy_n(rstd, count, a.rstd + row);
+    unroll<lines.kCount>([&](auto r) {
+      if (r >= count) return;
+      const Pack<T> scale = Acc<T>(rstd[r]), shift = -lines.low[r] * Acc<T>(rstd[r]);
+      T* y = a.y[row + r];
+      lines.line[r].each([&](int i, int64_t j, auto lanes) {
+        fmadd(fmadd(lines.line[r].values[i], scale, shift), weight[i], bias[i]).store(y + j, lanes);
+      });
     });
   }
 }
@@ -97,7 +112,7 @@ struct RowCoefficients {
 };
 
 template <typename T, int kPacks>
-void short_row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+NORMOPS_KERNEL short_row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   ShortLine<T, kPacks> dy(a.length), x(a.length);
   Pack<T> weight[kPacks], dweight[kPacks], dbias[kPacks];
   dy.each([&](int i, int64_t j, auto) { weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1); });
@@ -156,10 +171,11 @@ RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
 constexpr int kRows = 4;
 
 template <typename T, bool kDx, bool kWeight, bool kParams>
-void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   const auto rows = [&](int64_t first, auto count) {
     RowCoefficients<T> c[count];
     for (int r = 0; r < count; ++r) c[r] = row_coefficients<T, kWeight>(a, first + r);
+    const int64_t next = std::min(first + count, end - count);
     sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> weight, dweight, dbias;
       if constexpr (kWeight && kDx) weight = Pack<T>::load_packed(a.weight + j);
@@ -168,6 +184,8 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
         dbias = Pack<T>::load_packed(a.dbias + j);
       }
       unroll<count>([&](auto r) {
+        prefetch(a.dy[next + r] + j);
+        prefetch(a.x[next + r] + j);
         const Pack<T> g = Pack<T>::load(a.dy[first + r] + j, lanes);
         const Pack<T> d = Pack<T>::load(a.x[first + r] + j, lanes) - c[r].center;
         if constexpr (kParams) {
@@ -192,7 +210,10 @@ void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
-  if (if_short<T>(a.length, [&](auto packs) { short_row_forward<T, packs>(a, begin, end); })) return;
+  const bool done = if_short<T>(a.length, [&](auto packs) {
+    a.centered ? short_row_forward<T, packs, true>(a, begin, end) : short_row_forward<T, packs, false>(a, begin, end);
+  });
+  if (done) return;
   const auto run = a.weight && a.bias ? row_forward<T, true, true>
                    : a.weight         ? row_forward<T, true, false>
                    : a.bias           ? row_forward<T, false, true>
@@ -212,13 +233,36 @@ void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void pack_parameter(const Acc<T>* natural, int64_t length, Acc<T>* packed) {
-  for (int64_t j = 0; j < length; ++j) packed[Pack<T>::position(j)] = natural[j];
+NORMOPS_KERNEL pack_parameter(const Acc<T>* natural, int64_t length, Acc<T>* packed) {
+  sweep<T>(length, [&](int64_t j, auto lanes, auto) { load_natural<T>(natural + j, lanes).store_packed(packed + j); });
 }
 
 template <typename T>
-void unpack_parameter(const Acc<T>* packed, int64_t length, Acc<T>* natural) {
-  for (int64_t j = 0; j < length; ++j) natural[j] = packed[Pack<T>::position(j)];
+NORMOPS_KERNEL widen_parameter(const T* natural, int64_t length, Acc<T>* packed) {
+  sweep<T>(length, [&](int64_t j, auto lanes, auto) { Pack<T>::load(natural + j, lanes).store_packed(packed + j); });
+}
+
+template <typename T>
+int64_t padded(int64_t length) {
+  return (length + Pack<T>::kSize - 1) / Pack<T>::kSize * Pack<T>::kSize;
+}
+
+// Neighbouring sums are added up together, which keeps the compiler's loops vectors and memory in long streams.
+template <typename T>
+NORMOPS_KERNEL sum_blocks(const Acc<T>* sums, int64_t blocks, int64_t stride, int64_t length, Acc<T>* natural) {
+  constexpr int64_t kTogether = 16 * Pack<T>::kSize;
+  for (int64_t from = 0; from < length; from += kTogether) {
+    const int64_t n = std::min(kTogether, padded<T>(length - from));
+    double totals[kTogether] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t j = 0; j < n; ++j) totals[j] += sums[block * stride + from + j];
+    }
+    Acc<T> packed[kTogether];
+    std::copy_n(totals, n, packed);
+    sweep<T>(std::min(kTogether, length - from), [&](int64_t j, auto lanes, auto) {
+      store_natural<T>(Pack<T>::load_packed(packed + j), natural + from + j, lanes);
+    });
+  }
 }
 
 template <typename T>
@@ -226,7 +270,8 @@ void add(Kernels<T>& kernels) {
   kernels.pack_size = Pack<T>::kSize;
   kernels.memory_order = !Pack<T>::kSplit;
   kernels.pack_parameter = pack_parameter<T>;
-  kernels.unpack_parameter = unpack_parameter<T>;
+  kernels.widen_parameter = widen_parameter<T>;
+  kernels.sum_blocks = sum_blocks<T>;
   kernels.row_forward = forward<T>;
   kernels.row_backward = backward<T>;
 }
@@ -234,9 +279,11 @@ void add(Kernels<T>& kernels) {
 }  // namespace
 
 void add_row_kernels(KernelTable& table) {
+#ifndef __AVX512BF16__  // which only bfloat16 has a use for
   add(table.f32);
   add(table.f64);
   add(table.f16);
+#endif
   add(table.bf16);
 }
 

@@ -4,9 +4,10 @@ Constructor arguments, parameters, buffers, ``state_dict``, ``repr`` and ``isins
 the same name, which is the base class; a drop-in adds no state of its own.
 """
 
-from normops.modules import batchnorm, instancenorm, normalization
+from normops.modules import batchnorm, instancenorm, normalization, syncbatchnorm
 from normops.modules.batchnorm import *  # noqa: F403
 from normops.modules.instancenorm import *  # noqa: F403
 from normops.modules.normalization import *  # noqa: F403
+from normops.modules.syncbatchnorm import *  # noqa: F403
 
-__all__ = [*batchnorm.__all__, *instancenorm.__all__, *normalization.__all__]
+__all__ = [*batchnorm.__all__, *instancenorm.__all__, *normalization.__all__, *syncbatchnorm.__all__]

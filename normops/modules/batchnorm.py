@@ -3,6 +3,7 @@
 import torch
 
 from normops import functional as F
+from normops.modules._fx import trace
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
@@ -11,6 +12,8 @@ class _BatchNormForward:
     """The forward of torch's ``_BatchNorm`` on :func:`normops.functional.batch_norm`."""
 
     def forward(self, input):
+        if not isinstance(input, torch.Tensor):
+            return trace(self, input)
         self._check_input_dim(input)
         use_input_stats = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
@@ -20,7 +23,7 @@ class _BatchNormForward:
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)  # the cumulative average
         keep_running = track or not self.training
-        return F.batch_norm(
+        return self._batch_norm(
             input,
             self.running_mean if keep_running else None,
             self.running_var if keep_running else None,
@@ -30,6 +33,9 @@ class _BatchNormForward:
             momentum,
             self.eps,
         )
+
+    def _batch_norm(self, *args):
+        return F.batch_norm(*args)
 
 
 class BatchNorm1d(_BatchNormForward, torch.nn.BatchNorm1d):

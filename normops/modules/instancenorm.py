@@ -1,8 +1,11 @@
 """InstanceNorm1d, 2d, 3d and their lazy forms."""
 
+import warnings
+
 import torch
 
 from normops import functional as F
+from normops.modules._fx import trace
 
 __all__ = [
     "InstanceNorm1d",
@@ -15,7 +18,23 @@ __all__ = [
 
 
 class _InstanceNormForward:
-    """Torch's ``_InstanceNorm``, with its one call of ``F.instance_norm`` answered by normops."""
+    """The forward of torch's ``_InstanceNorm`` on :func:`normops.functional.instance_norm`."""
+
+    def forward(self, input):
+        if not isinstance(input, torch.Tensor):
+            return trace(self, input)
+        self._check_input_dim(input)
+        unbatched = input.dim() == self._get_no_batch_dim()
+        channels = input.size(0 if unbatched else 1)
+        if not torch.jit.is_tracing() and channels != self.num_features:
+            if self.affine:
+                raise ValueError(f"expected input with {self.num_features} channels (num_features), got {channels}")
+            warnings.warn(
+                f"expected input with {self.num_features} channels (num_features), got {channels}; affine=False makes "
+                "num_features unused",
+                stacklevel=2,
+            )
+        return self._handle_no_batch_input(input) if unbatched else self._apply_instance_norm(input)
 
     def _apply_instance_norm(self, input):
         return F.instance_norm(

@@ -1,28 +1,78 @@
-"""LayerNorm, RMSNorm and GroupNorm."""
+"""LayerNorm, LayerNorm2d, RMSNorm and GroupNorm."""
 
 import torch
 
 from normops import functional as F
+from normops.modules._fx import trace
 
-__all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["GroupNorm", "LayerNorm", "LayerNorm2d", "RMSNorm"]
+
+
+def layer_norm_2d(input, *args):
+    """:func:`normops.functional.layer_norm` over dimension 1."""
+    return F.layer_norm(input.movedim(1, -1), *args).movedim(-1, 1)
 
 
 class LayerNorm(torch.nn.LayerNorm):
     """Drop-in for :class:`torch.nn.LayerNorm`; see :func:`normops.functional.layer_norm`."""
 
     def forward(self, input):
+        if not isinstance(input, torch.Tensor):
+            return trace(self, input)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class LayerNorm2d(LayerNorm):
+    r"""Layer normalization over the channels of images: every position of every sample has a statistic of its own.
+
+    .. math::
+        y = \frac{x - \mathrm{mean}_C(x)}{\sqrt{\mathrm{var}_C(x) + \mathrm{eps}}}
+            \cdot \mathrm{weight} + \mathrm{bias}
+
+    This is :func:`normops.functional.layer_norm` with the channels moved to the end and back. A channels_last input has
+    them there already and is neither copied nor moved; others are copied once. The output is channels_last.
+
+    Shape: input and output :math:`(N, C, H, W)`. Torch has no such layer; parameters and ``state_dict`` are those of
+    ``torch.nn.LayerNorm(num_channels)``, from which this class is derived.
+
+    Args:
+        num_channels: :math:`C`.
+        eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`.
+
+    Raises:
+        ValueError: the input does not have four dimensions.
+        RuntimeError: it does not have ``num_channels`` channels, or a parameter is on another device.
+        NotImplementedError: the input is not a strided floating tensor.
+
+    Liu et al., `A ConvNet for the 2020s <https://arxiv.org/abs/2201.03545>`__, 2022.
+    """
+
+    def __init__(self, num_channels, eps=1e-5, elementwise_affine=True, bias=True, device=None, dtype=None):
+        super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype)
+
+    def forward(self, input):
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+        if input.shape[1:2] != self.normalized_shape:
+            raise RuntimeError(
+                f"LayerNorm2d: expected input with {self.normalized_shape[0]} channels, got shape {list(input.shape)}"
+            )
+        return layer_norm_2d(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """Drop-in for :class:`torch.nn.RMSNorm`; see :func:`normops.functional.rms_norm`."""
 
-    def forward(self, input):
-        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+    def forward(self, x):
+        if not isinstance(x, torch.Tensor):
+            return trace(self, x)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class GroupNorm(torch.nn.GroupNorm):
     """Drop-in for :class:`torch.nn.GroupNorm`; see :func:`normops.functional.group_norm`."""
 
     def forward(self, input):
+        if not isinstance(input, torch.Tensor):
+            return trace(self, input)
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

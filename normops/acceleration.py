@@ -1,0 +1,68 @@
+"""The engines behind torch's own operators, for models that are not to be touched."""
+
+import contextlib
+import threading
+
+from normops._ops import _C
+
+__all__ = ["accelerate"]
+
+_lock = threading.Lock()
+_switched_on = False
+
+
+class _Acceleration(contextlib.ContextDecorator):
+    def __enter__(self) -> None:
+        _C.accelerate(True)
+
+    def __exit__(self, *exception) -> None:
+        _C.accelerate(False)
+
+
+def accelerate(enabled: bool | None = None):
+    """Puts the kernels of normops behind torch's own operators, so that unchanged code runs on them.
+
+    For the length of a block, or as the decorator of a function::
+
+        with normops.accelerate():
+            train(model)
+
+    or until further notice, with ``normops.accelerate(True)`` and ``normops.accelerate(False)``. Blocks can be nested
+    and entered by several threads: torch's kernels are back when the last block has ended and the switch is off. While
+    they are not, all threads of the process run on the engines.
+
+    Covered are ``torch.nn.functional``'s ``layer_norm``, ``group_norm``, ``batch_norm``, ``instance_norm`` and
+    ``rms_norm``, with everything that calls them (the layers of ``torch.nn`` and their subclasses), and their backward:
+    the operators ``aten::native_layer_norm``, ``native_group_norm``, ``native_batch_norm``,
+    ``_native_batch_norm_legit``, ``_batch_norm_with_update`` and ``_fused_rms_norm``. They are replaced below autograd,
+    so double backward, forward-mode AD, ``torch.func``, ``vmap`` and autocast are torch's own. Left to torch's kernels
+    are
+
+    - calls that torch rejects, and empty inputs;
+    - ``rms_norm`` of a channels_last input or with a weight of another dtype than the input, which torch composes of
+      other operators;
+    - what never comes to these operators: compiled code, for which ``torch.compile`` takes them apart first (use
+      :func:`normops.convert`), double backward, and the fast path of ``torch.nn.TransformerEncoderLayer`` in
+      evaluation.
+
+    The statistics that torch's operators save for the backward are in float32 (float64 for float64), also for inputs in
+    half precision, for which torch on the CPU saves them in half precision. The mean is saved without its rounding
+    error, which a converted layer keeps: gradients of float32 data with a mean of many standard deviations are as exact
+    as torch's, not more. instance_norm loses channels_last, as in torch.
+
+    Args:
+        enabled: turns the switch on or off; without it, a context manager is returned.
+
+    Raises:
+        TypeError: ``enabled`` is neither a bool nor ``None``.
+    """
+    global _switched_on
+    if enabled is None:
+        return _Acceleration()
+    if not isinstance(enabled, bool):
+        raise TypeError(f"expected enabled to be a bool or None, got {type(enabled).__name__}")
+    with _lock:
+        if enabled != _switched_on:
+            _C.accelerate(enabled)
+            _switched_on = enabled
+    return None

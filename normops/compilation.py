@@ -1,0 +1,62 @@
+"""What torch.compile and torch.export make of the layers: calls of the kernels, or operations the compiler can fuse."""
+
+import torch
+
+__all__ = ["set_compile_mode"]
+
+_MODES = ("kernel", "decompose")
+_mode = "kernel"  # a global, which torch.compile guards: code compiled in the other mode is not run
+
+
+class set_compile_mode:
+    """Chooses what ``torch.compile`` and ``torch.export`` see of the layers and functions of normops.
+
+    - ``"kernel"``, the default: one operator per layer, computed by the kernels as without a compiler.
+    - ``"decompose"``: the operations of torch's own function, in the type of the arithmetic (float32, or float64 for
+      float64), which Inductor fuses with what comes before and after. An exported program then holds no operators of
+      normops, runs without it and can be written as ONNX. The memory format of the result is the compiler's affair.
+
+    The setting is global and works like ``torch.set_grad_enabled``: as a call, or for the length of a block::
+
+        normops.set_compile_mode("decompose")
+        with normops.set_compile_mode("decompose"):
+            program = torch.export.export(model, args)
+
+    It is read when code is compiled. What was compiled in the other mode is compiled again when it is next called.
+    Outside of a compiler it changes nothing, and calls of ``torch.ops.normops`` are kernels in either mode.
+
+    Raises:
+        ValueError: another mode.
+    """
+
+    def __init__(self, mode: str):
+        global _mode
+        if mode not in _MODES:
+            raise ValueError(f"expected mode to be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+        self._mode, self._before = mode, _mode
+        _mode = mode
+
+    def __enter__(self) -> None:
+        global _mode
+        _mode = self._mode
+
+    def __exit__(self, *exception) -> None:
+        global _mode
+        _mode = self._before
+
+
+def decomposing() -> bool:
+    return _mode == "decompose" and torch.compiler.is_compiling()
+
+
+def decomposed(name: str, input: torch.Tensor, *args) -> torch.Tensor:
+    """``torch.nn.functional.<name>`` for the dtypes that normops takes: all in the type of the arithmetic."""
+    arithmetic = torch.promote_types(input.dtype, torch.float32)
+    converted = [arg.to(arithmetic) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    output = getattr(torch.nn.functional, name)(input.to(arithmetic), *converted)
+    if name in ("batch_norm", "instance_norm"):
+        *running, _, _, use_input_stats = zip(args[:5], converted[:5], strict=True)
+        for statistic, moved in running:
+            if use_input_stats[0] and moved is not statistic:
+                statistic.copy_(moved)
+    return output.to(input.dtype)

@@ -1,8 +1,10 @@
 # make bench    compares normops with torch on this machine and trains two networks on real data
 # make test     builds and runs the test suite
 # make test-models    converts models of transformers, diffusers and monai, and compares them with themselves
+# make cuda     compiles the CUDA kernels, card or no card
+# make gpu      builds, tests and measures on the card at hand
 #
-# Both set up everything they need in a virtual environment first; a second run rebuilds only what changed.
+# All set up everything they need in a virtual environment first; a second run rebuilds only what changed.
 #
 #   PYTHON=python3.12       the interpreter of the virtual environment
 #   TORCH=torch==2.14.1     the torch to install in it
@@ -26,7 +28,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test test-models build lint format package clean
+.PHONY: bench test test-models build cuda gpu lint format package clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -43,6 +45,19 @@ endif
 # The compiler is asked each time: ninja knows better than make what a changed header touches.
 build: $(ENVIRONMENT)
 	$(RUN) setup.py --quiet build_ext --inplace
+
+# What needs a card, within 9 minutes: build for it, tests on it, compute-sanitizer, benchmark. Installs nothing if VENV=.
+gpu: $(ENVIRONMENT)
+	$(RUN) tests/cuda/gpu.py
+
+# Compiles and links the CUDA kernels, whether or not torch and this machine have CUDA, loads the library, and compares
+# what the kernels take of a multiprocessor with the table in tests/cuda.
+CUDA_ARCHITECTURES ?= 8.0 9.0 10.0
+cuda: $(ENVIRONMENT)
+	NORMOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(RUN) setup.py --quiet \
+	    build --build-lib build/cuda/lib build_ext --build-temp build/cuda/temp
+	cd build/cuda/lib && $(abspath $(RUN)) -m normops
+	$(RUN) tests/cuda/resources.py build/cuda/temp
 
 ifneq ($(ENVIRONMENT),)
 $(ENVIRONMENT): pyproject.toml

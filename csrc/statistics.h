@@ -18,9 +18,11 @@ struct MomentsMerge {
   double share;  // weight of the added mean
   double cross;  // weight of the squared distance between the two means
 
-  NORMOPS_HOST_DEVICE MomentsMerge(double count, double added) : share(added / (count + added)), cross(count * (added / (count + added))) {}
+  NORMOPS_HOST_DEVICE MomentsMerge(double count, double added)
+      : share(added / (count + added)), cross(count * (added / (count + added))) {}
 
-  NORMOPS_HOST_DEVICE __attribute__((always_inline)) void operator()(double& mean, double& m2, double added_mean, double added_m2) const {
+  NORMOPS_HOST_DEVICE __attribute__((always_inline)) void operator()(double& mean, double& m2, double added_mean,
+                                                                     double added_m2) const {
     const double distance = added_mean - mean;
     mean += distance * share;
     m2 += added_m2 + distance * distance * cross;

@@ -70,6 +70,22 @@ def test_chunks(case, size, device):
     check(case.sample((2, 3, 1, size), device=device))
 
 
+@pytest.mark.parametrize("length", [24, 136, 520, 1032, 4104, 8200, 16384, 16385, 24584, 32776, 40001])
+@each_dtype
+@each_row_case
+def test_long_rows(case, dtype, length, device):
+    """On CUDA a row goes to some lanes, a warp, a block, to a block with sums in shared memory, or to many blocks."""
+    check(case.sample((3, 1, 1, length), dtype, device=device))
+
+
+@pytest.mark.parametrize("positions", [4096, 12296, 16392, 32776])
+@each_dtype
+@each_channel_case
+def test_long_lines(case, dtype, positions, device):
+    """On CUDA a slab goes to one block, or through three stages."""
+    check(case.sample((1, 6, positions), dtype, device=device))
+
+
 @pytest.mark.parametrize("positions", [32767, 32768, 32769, 70000])
 @each_channel_case
 def test_contiguous_segments(case, positions, device):

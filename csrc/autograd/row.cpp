@@ -49,9 +49,9 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
     const auto saved = ctx->get_saved_variables();
     if (!grads[0].defined()) return variable_list(7);
     const Settings layer(ctx);
-    auto [dx, dweight, dbias] = ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3],
-                                                       saved[1], layer.eps, layer.centered,
-                                                       gradients_wanted(ctx, saved[1].defined(), layer.has_bias));
+    auto [dx, dweight, dbias] =
+        ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3], saved[1], layer.eps,
+                               layer.centered, gradients_wanted(ctx, saved[1].defined(), layer.has_bias));
     return {dx, {}, dweight, dbias, {}, {}, {}};
   }
 };

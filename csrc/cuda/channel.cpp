@@ -42,8 +42,8 @@ Plan plan_of(const ChannelView& view, std::initializer_list<const at::Tensor*> t
   bool vectors = true;
   size_t i = 0;
   for (const at::Tensor* tensor : tensors) {
-    vectors = vectors && vectorizable(view.geometry, tensor->const_data_ptr(), view.strides[i++],
-                                      int(tensor->element_size()));
+    vectors = vectors &&
+              vectorizable(view.geometry, tensor->const_data_ptr(), view.strides[i++], int(tensor->element_size()));
   }
   return make_plan(view.geometry, int((*tensors.begin())->element_size()), vectors);
 }
@@ -188,7 +188,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
 }
 
 void move_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
-                          const at::Tensor& var, double momentum, int64_t count) {
+                        const at::Tensor& var, double momentum, int64_t count) {
   const Here here(running_mean);
   check_running_update(running_mean, running_var, mean, var, count);
   const int64_t channels = running_mean.size(0), rows = mean.dim() == 2 ? mean.size(0) : 1;

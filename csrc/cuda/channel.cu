@@ -89,9 +89,9 @@ Plan make_plan(const Geometry& g, int element_size, bool vectors) {
 template <typename T>
 void channel_moments(const Plan& plan, ChannelTensor<const T> x, ChunkMoments* partials, void* stream) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(launch(moments_kernel<T, layout.value, size.value>, walk_config<T>(plan), as_stream(stream), plan, x,
-                 partials),
-          "moments");
+    check(
+        launch(moments_kernel<T, layout.value, size.value>, walk_config<T>(plan), as_stream(stream), plan, x, partials),
+        "moments");
   });
 }
 
@@ -167,14 +167,14 @@ void update_running_stats(const RunningStats& args, void* stream) {
   check(launch(running_stats_kernel, {grid, dim3(kWalkThreads)}, as_stream(stream), args), "update_running_stats");
 }
 
-#define NORMOPS_INSTANTIATE(T)                                                                                        \
-  template void channel_moments(const Plan&, ChannelTensor<const T>, ChunkMoments*, void*);                           \
-  template void channel_grad_sums(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, const double*,         \
-                                  const Acc<T>*, ChunkGradients*, void*);                                             \
-  template void channel_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<T>, const Coefficients<Acc<T>>&,     \
-                              const Acc<T>*, const Acc<T>*, void*);                                                   \
-  template void channel_grad_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, ChannelTensor<T>,     \
-                                   const Coefficients<Acc<T>>&, void*);                                               \
+#define NORMOPS_INSTANTIATE(T)                                                                                    \
+  template void channel_moments(const Plan&, ChannelTensor<const T>, ChunkMoments*, void*);                       \
+  template void channel_grad_sums(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, const double*,     \
+                                  const Acc<T>*, ChunkGradients*, void*);                                         \
+  template void channel_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<T>, const Coefficients<Acc<T>>&, \
+                              const Acc<T>*, const Acc<T>*, void*);                                               \
+  template void channel_grad_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, ChannelTensor<T>, \
+                                   const Coefficients<Acc<T>>&, void*);                                           \
   template void long_row_backward(const Plan&, const LongRowBackward<T, Acc<T>>&, void*);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)
@@ -182,9 +182,9 @@ NORMOPS_INSTANTIATE(c10::Half)
 NORMOPS_INSTANTIATE(c10::BFloat16)
 #undef NORMOPS_INSTANTIATE
 
-#define NORMOPS_INSTANTIATE(A)                                                                                     \
-  template void channel_merge(const Plan&, const ForwardMerge<A>&, void*);                                         \
-  template void channel_grad_merge(const Plan&, const BackwardMerge<A>&, void*);                                   \
+#define NORMOPS_INSTANTIATE(A)                                                   \
+  template void channel_merge(const Plan&, const ForwardMerge<A>&, void*);       \
+  template void channel_grad_merge(const Plan&, const BackwardMerge<A>&, void*); \
   template void column_sums(const double*, const double*, int64_t, int64_t, int64_t, A*, A*, void*);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)

@@ -131,7 +131,8 @@ template <typename T, typename A>
 void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
                         const Coefficients<A>& coefficients, void* stream);
 
-// All stages at once, where all elements that share a statistic fit in one block. Partials and coefficients are not used.
+// All stages at once, where all elements that share a statistic fit in one block. Partials and coefficients are not
+// used.
 template <typename T>
 bool slab_fits(const Plan& plan, bool backward);
 template <typename T, typename A>

@@ -17,7 +17,7 @@ __device__ __forceinline__ void load_coefficients(const W& walk, const A* array,
 }
 
 template <typename T, Layout kLayout, int kSize>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     moments_kernel(const Plan plan, const ChannelTensor<const T> x, ChunkMoments* partials) {
   using A = Acc<T>;
   using W = Walk<kLayout, kSize>;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 }
 
 template <typename T, Layout kLayout, int kSize>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     grad_sums_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
                      const double* mean, const Acc<T>* position_weight, ChunkGradients* partials) {
   using A = Acc<T>;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 }
 
 template <typename T, Layout kLayout, int kSize>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     apply_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
                  const Coefficients<Acc<T>> coefficients, const Acc<T>* position_weight, const Acc<T>* position_bias) {
   using A = Acc<T>;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 }
 
 template <typename T, Layout kLayout, int kSize>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     grad_apply_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
                       const ChannelTensor<T> dx, const Coefficients<Acc<T>> coefficients) {
   using A = Acc<T>;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 
 // Long rows: walked across, so that the sums for dweight and dbias come with the input gradient.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     long_row_backward_kernel(const Plan plan, const LongRowBackward<T, Acc<T>> a) {
   using A = Acc<T>;
   using W = Walk<Layout::kChannelsLast, kSize>;

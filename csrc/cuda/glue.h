@@ -21,9 +21,7 @@ void add_channel_kernels(torch::Library& library);
 // Makes the tensor's device current; knows its number and the stream to launch on.
 class Here {
  public:
-  explicit Here(const at::Tensor& tensor) : guard_(tensor.device()), device_(tensor.device()) {
-    use_device(device());
-  }
+  explicit Here(const at::Tensor& tensor) : guard_(tensor.device()), device_(tensor.device()) { use_device(device()); }
 
   int device() const { return device_.is_cpu() ? 0 : device_.index(); }
   void* stream() const {

@@ -46,7 +46,7 @@ struct MergeBlock {
 
   // The sum over the threads of a column.
   __device__ __forceinline__ double down(double value) const {
-    NORMOPS_SHARED(double, values, kMergeColumns * kMergeRows);
+    NORMOPS_SHARED(double, values, kMergeColumns* kMergeRows);
     values[threadIdx.y * kMergeColumns + threadIdx.x] = value;
     __syncthreads();
     double total = values[threadIdx.x];
@@ -167,7 +167,7 @@ template <typename S, typename A>
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
     column_sums_kernel(const S* first, const S* second, int64_t rows, int64_t stride, int64_t columns, A* first_total,
                        A* second_total) {
-  NORMOPS_SHARED(double, totals, kSumColumns * kSumRows);
+  NORMOPS_SHARED(double, totals, kSumColumns* kSumRows);
   const S* const from = blockIdx.y == 0 ? first : second;
   A* const to = blockIdx.y == 0 ? first_total : second_total;
   if (to == nullptr) return;

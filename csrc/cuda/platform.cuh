@@ -64,7 +64,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config, cu
 
 #define NORMOPS_SHARED(type, name, count) __shared__ type name[count]
 // Extern arrays of one name must have one type, so all are bytes.
-#define NORMOPS_DYNAMIC_SHARED(type, name)                     \
+#define NORMOPS_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 

@@ -32,7 +32,8 @@ struct Parameters {
   }
 
   static at::Tensor on_boundary(const at::Tensor& parameter, bool vectors) {
-    const bool off = vectors && parameter.defined() && reinterpret_cast<uintptr_t>(parameter.const_data_ptr()) % 16 != 0;
+    const bool off =
+        vectors && parameter.defined() && reinterpret_cast<uintptr_t>(parameter.const_data_ptr()) % 16 != 0;
     return off ? parameter.clone() : parameter;
   }
 

@@ -53,12 +53,13 @@ struct Ladder<T, true> {
   static constexpr int kSize = kFullVector<T>;
   using Forward = std::conditional_t<sizeof(T) == 4, Items<2, 4, 8>, Items<2, 4>>;
   using Backward = std::conditional_t<sizeof(T) == 2, Items<2>, Items<2, 4>>;
-  using BackwardShared = std::conditional_t<sizeof(T) == 2, Items<4>, std::conditional_t<sizeof(T) == 4, Items<8>, Items<6>>>;
+  using BackwardShared =
+      std::conditional_t<sizeof(T) == 2, Items<4>, std::conditional_t<sizeof(T) == 4, Items<8>, Items<6>>>;
 };
 template <typename T>
 struct Ladder<T, false> {
   static constexpr int kSize = 1;
-  using Forward = std::conditional_t<sizeof(T) == 8, Items<4, 8>, Items<4, 16>>;
+  using Forward = std::conditional_t<sizeof(T) == 8, Items<4, 8>, Items<4, 12>>;
   using Backward = std::conditional_t<sizeof(T) == 8, Items<4>, Items<4, 8>>;
   using BackwardShared = Items<>;
 };
@@ -237,8 +238,7 @@ bool row_takes_vectors(const RowForward<T>& a) {
 template <typename T>
 bool row_takes_vectors(const RowBackward<T>& a) {
   return on_boundary<T>(a.x.data, a.rows, a.length, a.x.stride) &&
-         on_boundary<T>(a.dy.data, a.rows, a.length, a.dy.stride) &&
-         on_boundary<T>(a.dx, a.rows, a.length, a.length);
+         on_boundary<T>(a.dy.data, a.rows, a.length, a.dy.stride) && on_boundary<T>(a.dx, a.rows, a.length, a.length);
 }
 
 template <typename T>
@@ -322,14 +322,14 @@ void row_backward(int device_index, const RowBackward<T>& a, void* memory, void*
               static_cast<A*>(a.dbias), stream);
 }
 
-#define NORMOPS_INSTANTIATE(T)                                          \
-  template bool row_takes_vectors(const RowForward<T>&);                \
-  template bool row_takes_vectors(const RowBackward<T>&);               \
-  template bool row_fits(int, const RowForward<T>&);                    \
-  template bool row_fits(int, const RowBackward<T>&);                   \
-  template size_t row_forward_scratch(int, const RowForward<T>&);       \
-  template size_t row_backward_scratch(int, const RowBackward<T>&);     \
-  template void row_forward(int, const RowForward<T>&, void*, void*);   \
+#define NORMOPS_INSTANTIATE(T)                                        \
+  template bool row_takes_vectors(const RowForward<T>&);              \
+  template bool row_takes_vectors(const RowBackward<T>&);             \
+  template bool row_fits(int, const RowForward<T>&);                  \
+  template bool row_fits(int, const RowBackward<T>&);                 \
+  template size_t row_forward_scratch(int, const RowForward<T>&);     \
+  template size_t row_backward_scratch(int, const RowBackward<T>&);   \
+  template void row_forward(int, const RowForward<T>&, void*, void*); \
   template void row_backward(int, const RowBackward<T>&, void*, void*);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)

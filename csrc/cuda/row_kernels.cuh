@@ -71,7 +71,7 @@ __device__ __forceinline__ void row_moments(const RowVectors<T, kSize, kItems>& 
 }
 
 template <typename T, typename W, int kSize, int kItems>
-__global__ void __launch_bounds__(kMostThreads) row_forward_kernel(const RowForward<T> a, int threads) {
+__global__ void __launch_bounds__(kMostThreads, 1) row_forward_kernel(const RowForward<T> a, int threads) {
   using A = Acc<T>;
   const int thread = threadIdx.x % threads, length = int(a.length);
   const int64_t row = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
@@ -178,7 +178,7 @@ constexpr int kBackwardThreads = 512;
 // dx and, in `partial` (one pair of rows of sums per block: dweight, dbias), what the block's rows add to the gradients
 // of the parameters. Blocks take rows in turns.
 template <typename T, typename W, int kSize, int kItems, bool kShared>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     row_backward_kernel(const RowBackward<T> a, int threads, Acc<T>* partial) {
   using A = Acc<T>;
   NORMOPS_SHARED(A, partial_sums, 2 * 2 * kWarp);

@@ -6,20 +6,23 @@
 namespace normops::cuda {
 namespace {
 
-// Vectors a thread holds of each tensor: what fits in the registers of kSlabForwardThreads or kSlabBackwardThreads
-// threads. Forward that makes slabs of 32,768 elements (16,384 of double), backward 14,336 (4,096).
+// Vectors a thread holds of each tensor: what fits in registers. That makes forward slabs of 32,768 elements (28,672 of
+// float, 8,192 of double, or where they are not read as vectors) and backward slabs of 16,384 of 16 bits, 12,288 of
+// float (4,096).
 template <typename T>
 constexpr int forward_items(bool vectors) {
   if (!vectors) return sizeof(T) == 8 ? 8 : 16;
-  return sizeof(T) == 4 ? 11 : sizeof(T) == 2 ? 6 : 8;
+  return sizeof(T) == 4 ? 14 : 8;
 }
 template <typename T>
 constexpr int backward_items(bool vectors) {
   if (!vectors) return 8;
-  return sizeof(T) == 4 ? 7 : 4;
+  return sizeof(T) == 4 ? 6 : 4;
 }
 
-int64_t pieces_of(const Plan& plan) { return plan.over_batch ? plan.cut.total_pieces : plan.group_size * plan.cut.pieces; }
+int64_t pieces_of(const Plan& plan) {
+  return plan.over_batch ? plan.cut.total_pieces : plan.group_size * plan.cut.pieces;
+}
 
 // Whole warps, enough to hold the slab.
 int64_t threads_of(const Plan& plan, int items) {
@@ -42,8 +45,8 @@ template <typename T>
 bool slab_fits(const Plan& plan, bool backward) {
   // A channel over the batch, or a group of channels of a sample: not both.
   if (plan.layout != Layout::kContiguous || (plan.over_batch && plan.group_size > 1)) return false;
-  return backward ? threads_of(plan, backward_items<T>(plan.vectors)) <= kSlabBackwardThreads
-                  : threads_of(plan, forward_items<T>(plan.vectors)) <= kSlabForwardThreads;
+  const int items = backward ? backward_items<T>(plan.vectors) : forward_items<T>(plan.vectors);
+  return threads_of(plan, items) <= kSlabThreads;
 }
 
 template <typename T, typename A>
@@ -78,11 +81,11 @@ void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<co
   }
 }
 
-#define NORMOPS_INSTANTIATE(T)                                                                                       \
-  template bool slab_fits<T>(const Plan&, bool);                                                                     \
-  template void slab_forward(const Plan&, ChannelTensor<const T>, ChannelTensor<T>, const ForwardMerge<Acc<T>>&,     \
-                             void*);                                                                                 \
-  template void slab_backward(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, ChannelTensor<T>,         \
+#define NORMOPS_INSTANTIATE(T)                                                                                   \
+  template bool slab_fits<T>(const Plan&, bool);                                                                 \
+  template void slab_forward(const Plan&, ChannelTensor<const T>, ChannelTensor<T>, const ForwardMerge<Acc<T>>&, \
+                             void*);                                                                             \
+  template void slab_backward(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, ChannelTensor<T>,     \
                               const BackwardMerge<Acc<T>>&, void*);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)

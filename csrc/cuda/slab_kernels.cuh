@@ -1,7 +1,7 @@
 #pragma once
 
-// The channel engine where all elements that share a statistic (a slab) fit in the registers of one block, in contiguous
-// layout: the three stages in one kernel, and memory is read once.
+// The channel engine where all elements that share a statistic (a slab) fit in the registers of one block, in
+// contiguous layout: the three stages in one kernel, and memory is read once.
 //
 // A slab is made of lines, each one channel of one sample, and those of pieces: one vector for each of `lanes` threads.
 // Pieces are dealt to groups of `lanes` threads in turn.
@@ -49,10 +49,10 @@ struct SlabWalk {
   __device__ __forceinline__ double count() const { return double(plan.cut.positions) * lines; }
 };
 
-constexpr int kSlabForwardThreads = 768, kSlabBackwardThreads = 512;
+constexpr int kSlabThreads = 512;
 
 template <typename T, int kSize, int kItems>
-__global__ void __launch_bounds__(kSlabForwardThreads)
+__global__ void __launch_bounds__(kSlabThreads, 1)
     slab_forward_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
                         const ForwardMerge<Acc<T>> a) {
   using A = Acc<T>;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kSlabForwardThreads)
 
 // Dynamic shared memory: the sums of every piece, two values each, where the slab has more than one channel.
 template <typename T, int kSize, int kItems>
-__global__ void __launch_bounds__(kSlabBackwardThreads)
+__global__ void __launch_bounds__(kSlabThreads, 1)
     slab_backward_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
                          const ChannelTensor<T> dx, const BackwardMerge<Acc<T>> a) {
   using A = Acc<T>;

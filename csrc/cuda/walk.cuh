@@ -8,10 +8,11 @@
 
 namespace normops::cuda {
 
-constexpr int kWalkThreads = 256;
+constexpr int kWalkThreads = 256, kWalkBlocks = 1;
 constexpr int kWalkWarps = kWalkThreads / kWarp;
 
-// Vectors a thread holds at a time. Across lines there is nothing to gain from a group of lanes, so a thread holds more.
+// Vectors a thread holds at a time. Across lines there is nothing to gain from a group of lanes, so a thread holds
+// more.
 constexpr int items_of(Layout layout, int size) { return layout == Layout::kContiguous && size > 1 ? 8 : 16; }
 
 template <Layout kLayout, int kSize>

@@ -181,7 +181,7 @@ void leave(Thread& thread) {
     if (warp.waiting >> other->lane() & 1) settle(warp, *other);
 #ifndef NORMOPS_EMULATOR_TSAN  // it would take this for a write by another thread
   // Shared memory ends with its block: the rest of its cluster must not read on.
-  if (!block.group.expected)
+  if (!block.group.expected && current->config.cluster > 1)
     for (Array& array : block.arrays) array.poison();
 #endif
 }

@@ -84,7 +84,8 @@ struct Array {
     void* allocated = nullptr;
     if (posix_memalign(&allocated, std::max<size_t>(alignment, 16), bytes + 2 * kFence)) throw std::bad_alloc();
     memory.reset(static_cast<char*>(allocated));
-    std::memset(allocated, kFenced, bytes + 2 * kFence);
+    std::memset(memory.get(), kFenced, kFence);
+    std::memset(data() + bytes, kFenced, kFence);
     poison();
   }
 

@@ -1,0 +1,224 @@
+"""``python -m bench.gpu``: the layers on an NVIDIA card, beside torch and the libraries that are installed.
+
+Each pass is timed by CUDA events with a cold second-level cache, and its host time by a clock. Results are written
+after every case, so that a run that is cut short leaves what it had.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import normops
+from bench.cases import Case
+from bench.measure import Passes
+from normops.__main__ import description
+
+# (passes over the tensor forward, backward): x and y; x, dy and dx. In evaluation the backward need not read x, but for
+# the gradients of weight and bias.
+TRAFFIC = (2, 3)
+REPETITIONS = 30
+ROWS = [(1 << 25) // length for length in (128, 256, 1024, 4096, 8192, 16384)]
+
+
+def cases():
+    """The most telling first."""
+    wide = [(rows, (1 << 25) // rows) for rows in ROWS]
+    images = [(32, 64, 56, 56), (32, 512, 7, 7), (32, 256, 14, 14), (64, 128, 28, 28)]
+    groups = [(8, 256, 64, 64), (2, 1280, 16, 16), (2, 320, 64, 64)]
+    rows = [*wide, (32, 1024), (256, 4096), (64, 1000000), (4096, 1000)]
+    for dtype in ("bfloat16", "float32"):
+        for layer in ("rms_norm", "layer_norm"):
+            yield from (Case(layer, shape, dtype, "contiguous", "cuda") for shape in rows)
+        for layout in ("contiguous", "channels_last"):
+            yield from (Case("batch_norm", shape, dtype, layout, "cuda") for shape in images)
+            yield from (Case("group_norm", shape, dtype, layout, "cuda") for shape in groups)
+            yield Case("instance_norm", (8, 64, 128, 128), dtype, layout, "cuda")
+            yield Case("batch_norm_eval", (32, 64, 56, 56), dtype, layout, "cuda")
+
+
+def rivals(case, layer):
+    """Other implementations that can be imported: name -> a module with the parameters of ``layer``."""
+    found = {"torch": layer, "compile": torch.compile(copy.deepcopy(layer), dynamic=False)}
+    if case.layer not in ("layer_norm", "rms_norm"):
+        return found
+    rms, width = case.layer == "rms_norm", case.shape[-1]
+    makers = {
+        "quack": lambda: __import__("quack", fromlist=["QuackRMSNorm"]).QuackRMSNorm(width) if rms else None,
+        "apex": lambda: getattr(
+            __import__("apex.normalization", fromlist=["x"]), "FusedRMSNorm" if rms else "FusedLayerNorm"
+        )(width),
+        "liger": lambda: getattr(
+            __import__("liger_kernel.transformers", fromlist=["x"]), "LigerRMSNorm" if rms else "LigerLayerNorm"
+        )(width),
+    }
+    for name, make in makers.items():
+        try:
+            module = make()
+        except Exception:
+            continue
+        if module is not None:
+            found[name] = module.to("cuda", layer.weight.dtype)
+    return found
+
+
+class Stopwatch:
+    def __init__(self):
+        self.flush = torch.empty(
+            2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda"
+        )
+
+    def device_seconds(self, call):
+        """The median over calls that each find the cache full of something else."""
+        for _ in range(3):
+            call()
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPETITIONS)
+        ]
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+    def host_seconds(self, call):
+        """What a call takes until it returns, the card's queue never being full."""
+        times = []
+        for _ in range(REPETITIONS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+def copy_bandwidth(stopwatch):
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / stopwatch.device_seconds(lambda: target.copy_(source))
+
+
+def rms_backend():
+    """The kernels behind torch's RMSNorm here: its own, or ones that it took from elsewhere."""
+    x, layer = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), nn.RMSNorm(4096).to("cuda", torch.bfloat16)
+    layer(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        layer(x)
+        torch.cuda.synchronize()
+    return ", ".join(sorted({event.key[:60] for event in profile.key_averages()})) or "unknown"
+
+
+def measure(case, stopwatch, bandwidth):
+    layer = case.make_layer()
+    x, dy = case.make_data()
+    implementations = {"normops": normops.convert(copy.deepcopy(layer)), **rivals(case, layer)}
+    result = {"case": case.name, "megabytes": x.numel() * x.element_size() / 1e6, "implementations": {}}
+    for name, module in implementations.items():
+        try:
+            passes = Passes(module, x, dy)
+            row = {}
+            for what, call, traffic in zip(
+                ("forward", "backward"), (passes.forward, passes.backward), TRAFFIC, strict=True
+            ):
+                seconds = stopwatch.device_seconds(call)
+                rate = traffic * x.numel() * x.element_size() / seconds
+                row[what] = {
+                    "us": 1e6 * seconds,
+                    "host_us": 1e6 * stopwatch.host_seconds(call),
+                    "gb_s": rate / 1e9,
+                    "share_of_copy": rate / bandwidth,
+                }
+            result["implementations"][name] = row
+        except Exception as error:  # a rival that cannot do this case
+            result["implementations"][name] = {"error": f"{type(error).__name__}: {str(error)[:100]}"}
+    return result
+
+
+def table(results):
+    lines = ["| case | pass | " + " | ".join(["normops µs", "GB/s", "of copy", "host µs", "others µs"]) + " |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for result in results:
+        ours = result["implementations"]["normops"]
+        for what in ("forward", "backward"):
+            if "error" in ours:
+                lines.append(f"| {result['case']} | {what} | {ours['error']} | | | | |")
+                continue
+            others = ", ".join(
+                f"{name} {row[what]['us']:.1f}" if what in row else f"{name} failed"
+                for name, row in result["implementations"].items()
+                if name != "normops"
+            )
+            row = ours[what]
+            figures = f"{row['us']:.1f} | {row['gb_s']:.0f} | {row['share_of_copy']:.0%} | {row['host_us']:.1f}"
+            lines.append(f"| {result['case']} | {what} | {figures} | {others} |")
+    return "\n".join(lines) + "\n"
+
+
+def means(results):
+    lines = []
+    for rival in ("torch", "compile", "quack", "apex", "liger"):
+        for what in ("forward", "backward"):
+            ratios = [
+                rows[rival][what]["us"] / rows["normops"][what]["us"]
+                for rows in (result["implementations"] for result in results)
+                if what in rows.get(rival, {}) and what in rows["normops"]
+            ]
+            if ratios:
+                mean, least = statistics.geometric_mean(ratios), min(ratios)
+                lines.append(f"{rival} / normops {what}: {mean:.2f} over {len(ratios)} cases, least {least:.2f}")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("bench/results/latest-gpu"))
+    parser.add_argument("--seconds", type=float, default=240, help="begin no case after this long (default: 240)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here")
+    start = time.monotonic()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    stopwatch = Stopwatch()
+    bandwidth = copy_bandwidth(stopwatch)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    environment = {
+        **description(),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver.stdout.strip() or "unknown",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "copy": f"{bandwidth / 1e9:.0f} GB/s, reading and writing",
+        "torch's RMSNorm": rms_backend(),
+    }
+    for name, value in environment.items():
+        print(f"{name + ':':18}{value}", flush=True)
+
+    planned, results = list(cases()), []
+    for case in planned:
+        if time.monotonic() - start > arguments.seconds:
+            break
+        torch.compiler.reset()
+        results.append(measure(case, stopwatch, bandwidth))
+        record = {"environment": environment, "planned": len(planned), "results": results}
+        (arguments.output / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f"{len(results)} of {len(planned)} cases in {time.monotonic() - start:.0f} s", *means(results)]
+    facts = "".join(f"- {name}: {value}\n" for name, value in environment.items())
+    summary = "\n".join(f"- {line}" for line in lines)
+    (arguments.output / "gpu.md").write_text(f"# normops on a GPU\n\n{facts}\n{summary}\n\n{table(results)}")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -5,7 +5,7 @@ import operator
 
 import pytest
 import torch
-from cases import MODULES, SHAPE, each_case, each_module
+from cases import MODULES, SHAPE, each, each_case, each_module
 from models import IMAGE, MODELS, every_layer, pair
 from torch import nn
 
@@ -71,7 +71,7 @@ def through_a_file(scripted):
     return torch.jit.load(buffer)
 
 
-@each_module
+@each([case for case in MODULES if case.name != "SyncBatchNorm"])  # torch cannot script its own
 def test_torchscript(case, device):
     """Scripted, saved and loaded, a layer computes, differentiates and moves its statistics with the kernels."""
     layer = case.make(normops).to(device)

@@ -34,8 +34,19 @@ class _BatchNormForward:
             self.eps,
         )
 
-    def _batch_norm(self, *args):
-        return F.batch_norm(*args)
+    # Annotated for TorchScript.
+    def _batch_norm(
+        self,
+        input: torch.Tensor,
+        running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 class BatchNorm1d(_BatchNormForward, torch.nn.BatchNorm1d):

@@ -2,7 +2,7 @@
 # make test     builds and runs the test suite
 # make test-models    converts models of transformers, diffusers and monai, and compares them with themselves
 #
-# Both set up everything they need in a virtual environment first; a second run rebuilds only what changed.
+# All three set up everything they need in a virtual environment first; a second run rebuilds only what changed.
 #
 #   PYTHON=python3.12       the interpreter of the virtual environment
 #   TORCH=torch==2.14.1     the torch to install in it

@@ -1,15 +1,9 @@
 import pytest
 import torch
+from devices import DEVICES
 from emulator import backend
 
 from normops._ops import _C, BUILD_INFO
-
-DEVICES = ["cpu"]
-if backend.exists():
-    DEVICES.append("emulated")
-if BUILD_INFO["cuda"] and torch.cuda.is_available():
-    DEVICES.append("cuda")
-
 
 def pytest_report_header():
     return f"normops {BUILD_INFO['version']}, torch {torch.__version__}, cpu kernels: {_C.instruction_set()}"

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from cases import each_case, each_dtype
-from conftest import DEVICES
+from devices import DEVICES
 from models import IMAGE, MODELS, pair
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -138,8 +138,8 @@ def _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, e
     mean, var, count = _joined_moments(input, requires_grad, group)
     if count == 1:
         raise ValueError(
-            "batch_norm: expected more than 1 value per channel when training, got 1 on all ranks together, here input "
-            f"of shape {list(input.shape)}"
+            "sync_batch_norm: expected more than 1 value per channel when training, got 1 on all ranks together, "
+            f"here input of shape {list(input.shape)}"
         )
     if running_mean is not None and count > 0:
         _OPS._update_running_stats(running_mean, running_var, mean, var, momentum, count)

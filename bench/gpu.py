@@ -185,6 +185,7 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here")
+    torch._functorch.config.donated_buffer = False  # or a compiled backward pass could run but once
     start = time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

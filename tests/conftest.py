@@ -5,6 +5,7 @@ from emulator import backend
 
 from normops._ops import _C, BUILD_INFO
 
+
 def pytest_report_header():
     return f"normops {BUILD_INFO['version']}, torch {torch.__version__}, cpu kernels: {_C.instruction_set()}"
 

@@ -106,26 +106,30 @@ def test_scale_invariance(case, device):
 @each_memory_format
 @each_dtype
 @SHAPES
-def test_stages_are_batch_norm(shape, dtype, memory_format, device):
-    """The stages one at a time, as SyncBatchNorm takes them, are those of the operators that take them all."""
+def test_stages_are_batch_norm(shape, dtype, memory_format, device, request):
+    """The stages one at a time, as SyncBatchNorm takes them, are those of the operators that take them all.
+
+    To the last bit on the CPU; a CUDA kernel that takes all of them at once has sums in another order.
+    """
+    exact = {"rtol": 0, "atol": 0} if request.node.callspec.params["device"] == "cpu" else {}
     ops = torch.ops.normops
     x, dy = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
     channels, weight = shape[1], torch.randn(shape[1], device=device)
     count = x.numel() // channels
     _, mean, var = ops._channel_norm(x, None, None, weight, None, channels, True, 1e-5)
-    assert all(map(torch.equal, ops._channel_moments(x), (mean, var)))
     gradients = ops._channel_norm_backward(dy, x, mean, var, weight, channels, True, 1e-5, True, [True] * 3)
     sum_dy, sum_dy_xhat = ops._channel_grad_sums(dy, x, mean, var, 1e-5)
     dx = ops._channel_grad_apply(dy, x, mean, var, weight, sum_dy, sum_dy_xhat, count, 1e-5)
-    for ours, theirs in zip((dx, sum_dy_xhat, sum_dy), gradients, strict=True):
-        assert torch.equal(ours.to(theirs.dtype), theirs)
+    stages = (*ops._channel_moments(x), dx, sum_dy_xhat, sum_dy)
+    for ours, theirs in zip(stages, (mean, var, *gradients), strict=True):
+        torch.testing.assert_close(ours.to(dtype), theirs.to(dtype), **exact)
 
 
-def test_merged_moments():
+def test_merged_moments(device):
     """Of parts of different sizes, and of none."""
-    x = torch.randn(100, 6, dtype=torch.float64) + 1000
+    x = torch.randn(100, 6, dtype=torch.float64, device=device) + 1000
     parts = x.split([30, 0, 1, 69])
-    count = torch.tensor([float(len(part)) for part in parts])
+    count = torch.tensor([float(len(part)) for part in parts], device=device)
     moments = [torch.ops.normops._channel_moments(part) for part in parts]
     mean, var = torch.ops.normops._merge_moments(count, *(torch.stack(each) for each in zip(*moments, strict=True)))
     torch.testing.assert_close(mean, x.mean(0))

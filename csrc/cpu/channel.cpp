@@ -471,32 +471,6 @@ at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& i
   return dx;
 }
 
-// The moments of a whole from those of its parts, one a row, taken in order.
-Tensors2 merge_moments(const at::Tensor& count, const at::Tensor& mean, const at::Tensor& var) {
-  TORCH_CHECK(count.dim() == 1 && mean.dim() == 2 && mean.size(0) == count.size(0) && mean.sizes() == var.sizes(),
-              "normops: expected count of shape (R) and mean and var of shape (R, C), got ", count.sizes(), ", ",
-              mean.sizes(), " and ", var.sizes());
-  const int64_t parts = mean.size(0), channels = mean.size(1);
-  const at::Tensor counts = as_parameter(count, mean, parts, at::kDouble, "count");
-  const at::Tensor means = as_parameter(mean, mean, mean.numel(), at::kDouble, "mean");
-  const at::Tensor vars = as_parameter(var, mean, mean.numel(), at::kDouble, "var");
-  at::Tensor merged_mean = at::zeros({channels}, means.options()), merged_var = at::zeros_like(merged_mean);
-  double* const total_mean = merged_mean.mutable_data_ptr<double>();
-  double* const total_m2 = merged_var.mutable_data_ptr<double>();
-  double total = 0;
-  for (int64_t part = 0; part < parts; ++part) {
-    const double n = counts.const_data_ptr<double>()[part];
-    if (n == 0) continue;
-    const double* const part_mean = means.const_data_ptr<double>() + part * channels;
-    const double* const part_var = vars.const_data_ptr<double>() + part * channels;
-    const MomentsMerge merge(total, n);
-    for (int64_t c = 0; c < channels; ++c) merge(total_mean[c], total_m2[c], part_mean[c], part_var[c] * n);
-    total += n;
-  }
-  if (total > 0) merged_var.div_(total);
-  return {merged_mean, merged_var};
-}
-
 // running = (1 - momentum) * running + momentum * statistic, with the unbiased variance of `count` values; statistics
 // per sample are averaged first.
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
@@ -531,7 +505,6 @@ TORCH_LIBRARY_IMPL(normops, CPU, m) {
   m.impl("_channel_moments", channel_moments);
   m.impl("_channel_grad_sums", channel_grad_sums);
   m.impl("_channel_grad_apply", channel_grad_apply);
-  m.impl("_merge_moments", merge_moments);
 }
 
 }  // namespace normops::cpu

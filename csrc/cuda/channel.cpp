@@ -187,6 +187,109 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   return {dx, dweight, dbias};
 }
 
+// The stages one at a time, per channel and over the batch, for SyncBatchNorm.
+
+// An input as BatchNorm sees it.
+ChannelView batch_view(const std::vector<at::Tensor*>& tensors) {
+  const at::Tensor& input = *tensors.front();
+  return channel_view(tensors, input.dim() < 2 ? 0 : input.size(1), /*over_batch=*/true);
+}
+
+Tensors2 moments(const at::Tensor& input) {
+  const Here here(input);
+  at::Tensor x = input;
+  const auto view = batch_view({&x});
+  const int64_t channels = view.geometry.channels;
+  const at::Tensor mean = at::zeros({channels}, input.options().dtype(at::kDouble)), var = at::zeros_like(mean);
+  if (view.geometry.elements() == 0) return {mean, var};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
+    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    const Plan plan = plan_of(view, {&x});
+    const at::Tensor memory = allocate(input, plan.partials() * sizeof(ChunkMoments));
+    ChunkMoments* const partials = static_cast<ChunkMoments*>(memory.mutable_data_ptr());
+    channel_moments<scalar_t>(plan, {x.const_data_ptr<scalar_t>(), view.strides[0]}, partials, here.stream());
+    ForwardMerge<A> merge{};
+    merge.partials = partials;
+    merge.mean = mean.mutable_data_ptr<double>();
+    merge.var = var.mutable_data_ptr<double>();
+    channel_merge(plan, merge, here.stream());
+  });
+  return {mean, var};
+}
+
+Tensors2 grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                   const at::Tensor& var, double eps) {
+  const Here here(input);
+  at::Tensor x = input, dy = grad_output;
+  const auto view = batch_view({&x, &dy});
+  const int64_t channels = view.geometry.channels;
+  const at::Tensor means = as_parameter(mean, input, channels, at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, input, channels, at::kDouble, "var");
+  const at::Tensor sums = at::zeros({2, channels}, means.options());
+  if (view.geometry.elements() > 0) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_sums", [&] {
+      using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+      const Plan plan = plan_of(view, {&x, &dy});
+      const at::Tensor memory = allocate(input, plan.partials() * sizeof(ChunkGradients));
+      ChunkGradients* const partials = static_cast<ChunkGradients*>(memory.mutable_data_ptr());
+      BackwardMerge<A> merge{};
+      merge.partials = partials;
+      merge.mean = means.const_data_ptr<double>();
+      merge.var = vars.const_data_ptr<double>();
+      merge.eps = eps;
+      merge.weight.absent = 1;
+      merge.sums = sums.mutable_data_ptr<double>();
+      channel_grad_sums<scalar_t, A>(plan, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                                     {x.const_data_ptr<scalar_t>(), view.strides[0]}, merge.mean, nullptr, partials,
+                                     here.stream());
+      channel_grad_merge(plan, merge, here.stream());
+    });
+  }
+  return {sums[1].clone(), sums[0].clone()};
+}
+
+at::Tensor grad_apply(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                      const at::Tensor& var, const OptionalTensor& weight, const at::Tensor& sum_dy,
+                      const at::Tensor& sum_dy_xhat, int64_t count, double eps) {
+  const Here here(input);
+  at::Tensor x = input, dy = grad_output;
+  at::Tensor dx = at::empty_like(input, input.suggest_memory_format());
+  const auto view = batch_view({&x, &dy, &dx});
+  const int64_t channels = view.geometry.channels;
+  const auto statistic = [&](const at::Tensor& tensor, const char* name) {
+    return as_parameter(tensor, input, channels, at::kDouble, name);
+  };
+  const at::Tensor means = statistic(mean, "mean"), vars = statistic(var, "var");
+  const at::Tensor dys = statistic(sum_dy, "sum_dy"), dys_xhat = statistic(sum_dy_xhat, "sum_dy_xhat");
+  const Array weights(weight, input, channels, 1, "weight");
+  if (view.geometry.elements() == 0) return dx;
+  TORCH_CHECK(count > 0, "normops: expected count > 0, got ", count);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
+    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    const Plan plan = plan_of(view, {&x, &dy, &dx});
+    BackwardMerge<A> merge{};
+    merge.weight = weights.pointer();
+    merge.mean = means.const_data_ptr<double>();
+    merge.var = vars.const_data_ptr<double>();
+    merge.eps = eps;
+    merge.input_stats = true;
+    merge.total_dy = dys.const_data_ptr<double>();
+    merge.total_dy_xhat = dys_xhat.const_data_ptr<double>();
+    merge.total_count = double(count);
+    const auto lay_out = [&](Scratch scratch) {
+      merge.coefficients = take_coefficients<A>(scratch, channels);
+      return scratch.bytes();
+    };
+    const at::Tensor memory = allocate(input, lay_out(Scratch()));
+    lay_out(Scratch(memory.mutable_data_ptr()));
+    channel_grad_merge(plan, merge, here.stream());
+    channel_grad_apply<scalar_t, A>(
+        plan, {dy.const_data_ptr<scalar_t>(), view.strides[1]}, {x.const_data_ptr<scalar_t>(), view.strides[0]},
+        {dx.mutable_data_ptr<scalar_t>(), view.strides[2]}, merge.coefficients, here.stream());
+  });
+  return dx;
+}
+
 void move_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                         const at::Tensor& var, double momentum, int64_t count) {
   const Here here(running_mean);
@@ -211,6 +314,9 @@ void add_channel_kernels(torch::Library& library) {
   library.impl("_update_running_stats", move_running_stats);
   library.impl("_channel_norm", channel_norm);
   library.impl("_channel_norm_backward", channel_norm_backward);
+  library.impl("_channel_moments", moments);
+  library.impl("_channel_grad_sums", grad_sums);
+  library.impl("_channel_grad_apply", grad_apply);
 }
 
 }  // namespace normops::cuda

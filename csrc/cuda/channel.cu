@@ -113,7 +113,7 @@ void channel_merge(const Plan& plan, const ForwardMerge<A>& args, void* stream) 
 template <typename A>
 void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* stream) {
   check(launch(grad_merge_kernel<A>, merge_config(plan), as_stream(stream), plan, args), "grad_merge");
-  if (args.sums) {
+  if (args.sums && (args.dweight || args.dbias)) {
     column_sums(args.sums, args.sums + plan.rows * plan.channels, plan.rows, plan.channels, plan.channels, args.dweight,
                 args.dbias, stream);
   }

@@ -101,14 +101,14 @@ struct ForwardMerge {
   bool reciprocal;  // store rstd instead of the variance
   double* mean;
   double* var;
-  Coefficients<A> coefficients;  // slope unused
+  Coefficients<A> coefficients;  // slope unused; null: not wanted
 };
 template <typename A>
 void channel_merge(const Plan& plan, const ForwardMerge<A>& args, void* stream);
 
 template <typename A>
 struct BackwardMerge {
-  const ChunkGradients* partials;  // null: no sums wanted
+  const ChunkGradients* partials;  // null: no sums wanted, or totals given
   AnyArray weight;
   const double* mean;
   const double* var;
@@ -117,8 +117,12 @@ struct BackwardMerge {
   bool input_stats;  // false: the statistics are constants
   A* dweight;        // null: not wanted
   A* dbias;
-  double* sums;  // (2, rows, channels), if dweight or dbias is wanted of more than one row; otherwise null
-  Coefficients<A> coefficients;
+  double* sums;  // (2, rows, channels) of dy * xhat and of dy, if wanted or needed for more than one row; or null
+  Coefficients<A> coefficients;  // null: not wanted
+  // Sums of `total_count` elements, of which this input has a part, in the place of partials; or null.
+  const double* total_dy = nullptr;
+  const double* total_dy_xhat = nullptr;
+  double total_count = 0;
 };
 template <typename A>
 void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* stream);

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeRows) merge_kernel(const 
     a.mean[at] = mean;
     a.var[at] = a.reciprocal ? rstd : var;
   }
-  if (threadIdx.y > 0) return;
+  if (threadIdx.y > 0 || !a.coefficients.scale) return;
   block.each_channel([&](int64_t c) {
     if (c >= block.channels) return;
     const int64_t channel = block.first_channel + c, i = block.row * plan.channels + channel;
@@ -143,11 +143,19 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeRows)
         if (a.dbias) a.dbias[channel] = A(dy);
       }
     });
+  } else if (a.total_dy) {
+    block.each_channel([&](int64_t c) {
+      if (c >= block.channels) return;
+      const int64_t channel = block.first_channel + c;
+      const double weight = read_as<double>(a.weight, channel);
+      group_dy += a.total_dy[channel] * weight;
+      group_dy_xhat += a.total_dy_xhat[channel] * weight;
+    });
   }
   group_dy = block.across(group_dy);
   group_dy_xhat = block.across(group_dy_xhat);
-  if (threadIdx.y > 0) return;
-  const double n = double(plan.cut.before(plan.cut.total_pieces)) * plan.group_size;
+  if (threadIdx.y > 0 || !a.coefficients.scale) return;
+  const double n = a.total_dy ? a.total_count : double(plan.cut.before(plan.cut.total_pieces)) * plan.group_size;
   const InputGradient gradient(rstd, split.low, group_dy / n, group_dy_xhat / n, plan.centered);
   block.each_channel([&](int64_t c) {
     if (c >= block.channels) return;

@@ -5,7 +5,7 @@ import torch
 __all__ = ["set_compile_mode"]
 
 _MODES = ("kernel", "decompose")
-_mode = "kernel"  # a global, which torch.compile guards: code compiled in the other mode is not run
+current = "kernel"  # the mode, a global, which torch.compile guards: code compiled in the other mode is not run
 
 
 class set_compile_mode:
@@ -30,23 +30,21 @@ class set_compile_mode:
     """
 
     def __init__(self, mode: str):
-        global _mode
         if mode not in _MODES:
             raise ValueError(f"expected mode to be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
-        self._mode, self._before = mode, _mode
-        _mode = mode
+        self._mode, self._before = mode, current
+        _set(mode)
 
     def __enter__(self) -> None:
-        global _mode
-        _mode = self._mode
+        _set(self._mode)
 
     def __exit__(self, *exception) -> None:
-        global _mode
-        _mode = self._before
+        _set(self._before)
 
 
-def decomposing() -> bool:
-    return _mode == "decompose" and torch.compiler.is_compiling()
+def _set(mode: str) -> None:
+    global current
+    current = mode
 
 
 def decomposed(name: str, input: torch.Tensor, *args) -> torch.Tensor:

@@ -36,7 +36,7 @@ _rms_norm = torch.ops.normops.rms_norm.default
 
 
 def _call(op, *args):
-    if compilation.decomposing():
+    if compilation.current == "decompose" and torch.compiler.is_compiling():
         return compilation.decomposed(op._opname, *args)
     try:
         return op(*args)
@@ -48,8 +48,8 @@ def _call(op, *args):
 
 
 def _check_is_shape(op, normalized_shape):
-    """The operators take anything that can be iterated; torch's functions take these."""
-    if not (isinstance(normalized_shape, (tuple, list)) or has_torch_function((normalized_shape,))):
+    """The operators take anything that can be iterated; torch's functions take tuples and lists."""
+    if not has_torch_function((normalized_shape,)):
         raise TypeError(
             f"{op}: expected normalized_shape to be a tuple or list of ints, got {type(normalized_shape).__name__}"
         )
@@ -169,7 +169,8 @@ def layer_norm(
             or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    _check_is_shape("layer_norm", normalized_shape)
+    if not isinstance(normalized_shape, (tuple, list)):
+        _check_is_shape("layer_norm", normalized_shape)
     return _call(_layer_norm, input, normalized_shape, weight, bias, eps)
 
 
@@ -195,7 +196,8 @@ def rms_norm(
             or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    _check_is_shape("rms_norm", normalized_shape)
+    if not isinstance(normalized_shape, (tuple, list)):
+        _check_is_shape("rms_norm", normalized_shape)
     return _call(_rms_norm, input, normalized_shape, weight, eps)
 
 

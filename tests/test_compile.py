@@ -143,7 +143,7 @@ def test_compiled_module(case, device):
     The cumulative average of BatchNorm reads its counter, which breaks the graph, in torch as here.
     """
     layer, compiled = case.make(normops).to(device), case.make(normops).to(device)
-    whole = not (case.name.startswith("BatchNorm") and case.kwargs.get("momentum", 0.1) is None)
+    whole = not ("BatchNorm" in case.name and case.kwargs.get("momentum", 0.1) is None)
     run = torch.compile(compiled, backend="aot_eager", fullgraph=whole)
     for _ in range(2):
         inputs = [torch.randn(case.shape, device=device, requires_grad=True) for _ in range(2)]
@@ -156,6 +156,21 @@ def test_compiled_module(case, device):
     torch.testing.assert_close(layer.state_dict(), compiled.state_dict())
     for parameter, other in zip(layer.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
+
+
+@pytest.mark.real_device
+@each_case
+def test_compiled_autograd(case, device):
+    """A backward that is compiled when it runs, with the graph that the forward left, eager."""
+    sample = case.sample(device=device)
+    grad = torch.randn_like(sample.input)
+    leaves = [sample.input, *sample.parameters.values()]
+    expected = torch.autograd.grad(sample.run(), leaves, grad)
+    output = sample.run()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        gradients = torch.autograd.grad(output, leaves, grad)
+    for result, other in zip(gradients, expected, strict=True):
+        assert torch.equal(result, other)
 
 
 @pytest.mark.real_device

@@ -13,6 +13,8 @@ namespace normops {
 namespace {
 
 struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
+  static constexpr size_t kDifferentiable = 1;  // not the statistics
+
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& given_mean,
                                const OptionalTensor& given_var, const c10::SymInt& num_groups, bool over_batch,
@@ -26,7 +28,6 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["input_stats"] = !defined(given_mean);
     ctx->saved_data["has_bias"] = defined(bias);
-    ctx->mark_non_differentiable({mean, var});
     return {output, mean, var};
   }
 
@@ -48,6 +49,8 @@ Layer channel_layer(const at::Tensor& input, const c10::SymInt& num_groups, bool
 }
 
 struct ChannelNormBackward : torch::autograd::Function<ChannelNormBackward> {
+  static constexpr size_t kDifferentiable = 3;
+
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
                                const c10::SymInt& num_groups, bool over_batch, double eps, bool input_stats,
@@ -87,8 +90,8 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
     return compose_backward(layer, grad_output, input, weight, output_mask);
   }
   if (gradient_needed(grad_output, input, weight)) {
-    return all_three(ChannelNormBackward::apply(grad_output, input, mean, var, weight, num_groups, over_batch, eps,
-                                                input_stats, output_mask),
+    return all_three(record<ChannelNormBackward>(grad_output, input, mean, var, weight, num_groups, over_batch, eps,
+                                                 input_stats, output_mask),
                      output_mask);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -105,7 +108,7 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   }
   if (gradient_needed(input, weight, bias)) {
     const variable_list results =
-        ChannelNorm::apply(input, weight, bias, given_mean, given_var, num_groups, over_batch, eps);
+        record<ChannelNorm>(input, weight, bias, given_mean, given_var, num_groups, over_batch, eps);
     return {results[0], results[1], results[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;

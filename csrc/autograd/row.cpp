@@ -33,6 +33,8 @@ struct Settings {
 };
 
 struct RowNorm : torch::autograd::Function<RowNorm> {
+  static constexpr size_t kDifferentiable = 1;  // not the statistics
+
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, int64_t normalized_ndim,
                                const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
                                bool with_statistics) {
@@ -41,7 +43,6 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
     ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, rstd});
     Settings(normalized_ndim, eps, centered, defined(bias)).save(ctx);
     if (!with_statistics) return {output};
-    ctx->mark_non_differentiable({mean, rstd});
     return {output, mean, rstd};
   }
 
@@ -57,6 +58,8 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
 };
 
 struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
+  static constexpr size_t kDifferentiable = 3;
+
   static variable_list forward(AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
                                int64_t normalized_ndim, const at::Tensor& mean, const at::Tensor& rstd,
                                const OptionalTensor& weight, double eps, bool centered, Mask3 output_mask) {
@@ -89,7 +92,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   }
   if (gradient_needed(grad_output, input, weight)) {
     return all_three(
-        RowNormBackward::apply(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask),
+        record<RowNormBackward>(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask),
         output_mask);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -103,7 +106,7 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
     return compose({row_frame(input, normalized_ndim), eps, centered}, input, weight, bias);
   }
   if (gradient_needed(input, weight, bias)) {
-    const variable_list results = RowNorm::apply(input, normalized_ndim, weight, bias, eps, centered, with_statistics);
+    const variable_list results = record<RowNorm>(input, normalized_ndim, weight, bias, eps, centered, with_statistics);
     if (!with_statistics) return {results[0], {}, {}};
     return {results[0], results[1], results[2]};
   }

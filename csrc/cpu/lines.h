@@ -150,31 +150,46 @@ struct ShortLines {
   template <bool kCentered, typename Address>
   NORMOPS_INLINE void take_moments(Address address) {
     std::array<Acc<T>, kCount> center{}, first{};
-    unroll<kCount>([&](auto r) { line[r].load(address(r)); });
     Pack<T> sums[kCount];
+    unroll<kCount>([&](auto r) { line[r].load(address(r)); });
     if constexpr (kCentered) {
-      unroll<kCount>([&](auto r) { sums[r] = line[r].sum(); });
-      center = sums_of<T>(sums);
       unroll<kCount>([&](auto r) {
-        center[r] *= Acc<T>(line[r].inverse);
+        center[r] = mean_of_four(address(r));
         line[r].subtract(center[r]);
         sums[r] = line[r].sum();
       });
       first = sums_of<T>(sums);
     }
     unroll<kCount>([&](auto r) { sums[r] = line[r].sum_of_squares(); });
-    const auto second = sums_of<T>(sums);
-    for (int r = 0; r < kCount; ++r) {
-      const double exact_low = first[r] * line[0].inverse;
+    auto second = sums_of<T>(sums);
+    unroll<kCount>([&](auto r) {
+      const double inverse = line[r].inverse;
+      if (kCentered && !guess_was_near(first[r], second[r], inverse)) [[unlikely]] {
+        center[r] = Acc<T>(center[r] + first[r] * inverse);
+        line[r].load(address(r));
+        line[r].subtract(center[r]);
+        first[r] = line[r].sum().sum();
+        second[r] = line[r].sum_of_squares().sum();
+      }
+      const double exact_low = first[r] * inverse;
       mean[r] = center[r] + exact_low;
       m2[r] = second[r] - first[r] * exact_low;
       low[r] = Acc<T>(exact_low);
-    }
+    });
   }
 
  private:
+  int64_t length_;
+
   template <int... I>
-  ShortLines(int64_t length, std::integer_sequence<int, I...>) : line{((void)I, ShortLine<T, kPacks>(length))...} {}
+  ShortLines(int64_t length, std::integer_sequence<int, I...>)
+      : line{((void)I, ShortLine<T, kPacks>(length))...}, length_(length) {}
+
+  // A guess at the mean of the line at x.
+  NORMOPS_INLINE Acc<T> mean_of_four(const T* x) const {
+    const int64_t quarter = length_ / 4;
+    return (Acc<T>(x[0]) + Acc<T>(x[quarter]) + Acc<T>(x[2 * quarter]) + Acc<T>(x[3 * quarter])) / 4;
+  }
 };
 
 // f(packs) with the number of packs in a line as a constant, if the line is short; false if it is not.

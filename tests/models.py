@@ -83,13 +83,14 @@ IMAGE = (4, 3, 16, 16)
 def every_layer():
     """One of each kind, one after the other, for images of 8 by 8."""
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3),
+        nn.Conv2d(3, 6, 3, bias=False),  # a bias before BatchNorm would have no gradient but rounding errors
         nn.BatchNorm2d(6),
-        nn.ReLU(),
+        nn.SiLU(),  # which leaves no rows of zeros to the layers that follow
         nn.GroupNorm(2, 6),
         nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
         nn.LayerNorm(6),
         nn.RMSNorm(6),
+        nn.SyncBatchNorm(6),
     )
 
 

@@ -109,6 +109,7 @@ def test_torchscript_errors():
         scripted(torch.randn(2, 5, 3, 3))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of SyncBatchNorm's checks, torch's as ours
 def test_jit_trace(device):
     model, converted = pair(every_layer, device=device)
     x = torch.randn(4, 3, 8, 8, device=device)

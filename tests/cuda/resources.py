@@ -77,7 +77,8 @@ def main():
     kernels, most = len({name for name, _ in found}), max(fields["registers"] for fields in found.values())
     where = ", ".join(f"sm_{arch}" for arch in architectures)
     print(f"{kernels} kernels for {where}: at most {most} registers, {len(spilling)} of {len(found)} spill")
-    sys.exit("\n".join(problems))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ double sum_of_squares(const T* x, int64_t length) {
 }
 
 template <typename T, bool kWeight, bool kBias>
-NORMOPS_KERNEL row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; ++row) {
@@ -175,7 +175,8 @@ NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end)
   const auto rows = [&](int64_t first, auto count) {
     RowCoefficients<T> c[count];
     for (int r = 0; r < count; ++r) c[r] = row_coefficients<T, kWeight>(a, first + r);
-    const int64_t next = std::min(first + count, end - count);
+    // Rows that no cache would hold until their turn are not asked for.
+    const int64_t next = a.length * int64_t(sizeof(T)) <= 128 * 1024 ? std::min(first + count, end - count) : first;
     sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
       Pack<T> weight, dweight, dbias;
       if constexpr (kWeight && kDx) weight = Pack<T>::load_packed(a.weight + j);

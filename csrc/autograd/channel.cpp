@@ -12,6 +12,10 @@
 namespace normops {
 namespace {
 
+// What the statistics say of the layer: their shape is (num_groups) over the batch, (N, num_groups) per sample.
+c10::SymInt groups_of(const at::Tensor& mean) { return mean.sym_size(-1); }
+bool is_over_batch(const at::Tensor& mean) { return mean.dim() == 1; }
+
 struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
   static constexpr size_t kDifferentiable = 1;  // not the statistics
 
@@ -23,22 +27,18 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
     auto [output, mean, var] =
         ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps);
     ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, var});
-    ctx->saved_data["num_groups"] = num_groups;
-    ctx->saved_data["over_batch"] = over_batch;
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["input_stats"] = !defined(given_mean);
-    ctx->saved_data["has_bias"] = defined(bias);
+    save_mask(ctx, {!defined(given_mean), defined(bias)});
     return {output, mean, var};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     if (!grads[0].defined()) return variable_list(8);
-    auto [dx, dweight, dbias] =
-        ops::channel_norm_backward(grads[0], saved[0], saved[2], saved[3], saved[1],
-                                   ctx->saved_data["num_groups"].toSymInt(), ctx->saved_data["over_batch"].toBool(),
-                                   ctx->saved_data["eps"].toDouble(), ctx->saved_data["input_stats"].toBool(),
-                                   gradients_wanted(ctx, saved[1].defined(), ctx->saved_data["has_bias"].toBool()));
+    const auto [input_stats, has_bias, _] = saved_mask(ctx);
+    auto [dx, dweight, dbias] = ops::channel_norm_backward(
+        grads[0], saved[0], saved[2], saved[3], saved[1], groups_of(saved[2]), is_over_batch(saved[2]),
+        ctx->saved_data["eps"].toDouble(), input_stats, gradients_wanted(ctx, saved[1].defined(), has_bias));
     return {dx, dweight, dbias, {}, {}, {}, {}, {}};
   }
 };
@@ -59,8 +59,6 @@ struct ChannelNormBackward : torch::autograd::Function<ChannelNormBackward> {
     const Tensors3 grads = ops::channel_norm_backward(grad_output, input, mean, var, weight, num_groups, over_batch,
                                                       eps, input_stats, output_mask);
     ctx->save_for_backward({grad_output, input, weight.value_or(at::Tensor()), mean, var});
-    ctx->saved_data["num_groups"] = num_groups;
-    ctx->saved_data["over_batch"] = over_batch;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["input_stats"] = input_stats;
     save_mask(ctx, output_mask);
@@ -72,8 +70,8 @@ struct ChannelNormBackward : torch::autograd::Function<ChannelNormBackward> {
     const bool input_stats = ctx->saved_data["input_stats"].toBool();
     const at::Tensor none;
     const Layer layer =
-        channel_layer(saved[1], ctx->saved_data["num_groups"].toSymInt(), ctx->saved_data["over_batch"].toBool(),
-                      ctx->saved_data["eps"].toDouble(), input_stats ? none : saved[3], input_stats ? none : saved[4]);
+        channel_layer(saved[1], groups_of(saved[3]), is_over_batch(saved[3]), ctx->saved_data["eps"].toDouble(),
+                      input_stats ? none : saved[3], input_stats ? none : saved[4]);
     auto [to_dy, to_x, to_weight] =
         compose_double_backward(layer, all_three(grads, saved_mask(ctx)), saved[0], saved[1], saved[2]);
     return {to_dy, to_x, {}, {}, to_weight, {}, {}, {}, {}, {}};

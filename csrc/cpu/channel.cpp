@@ -2,6 +2,7 @@
 // is decided here; the loops over memory are in channel_kernels.cpp.
 
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -342,23 +343,43 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
   sum_rows(sum_dy, dbias);
 }
 
+// New tensors without the dispatcher: it would take longer than the elements of a small input.
+at::Tensor new_like(const at::Tensor& input) {
+  return prepare_output(
+      at::detail::empty_cpu(input.sizes(), input.scalar_type(), /*pin_memory=*/false, input.suggest_memory_format()));
+}
+
+at::Tensor new_statistic(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble) {
+  return at::detail::empty_cpu(shape, dtype);
+}
+
+// A given statistic in float64.
+at::Tensor new_statistic(at::IntArrayRef shape, const OptionalTensor& given, const at::Tensor& input,
+                         const char* name) {
+  const at::Tensor statistic = new_statistic(shape);
+  const at::Tensor values = as_parameter(given, input, statistic.numel(), given->scalar_type(), name);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "normops::_channel_norm", [&] {
+    std::copy_n(values.const_data_ptr<scalar_t>(), values.numel(), statistic.mutable_data_ptr<double>());
+  });
+  return statistic;
+}
+
 Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
                       const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, bool over_batch,
                       double eps) {
   at::Tensor x = input;
-  at::Tensor output = prepare_output(at::empty_like(input, input.suggest_memory_format()));
+  at::Tensor output = new_like(input);
   const auto view = wide_channel_view({&x, &output}, num_groups, over_batch);
   const Geometry& g = view.geometry;
   const bool given = defined(given_mean);
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
-  const int64_t count = c10::multiply_integers(shape);
   TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");
-  at::Tensor mean = at::zeros(shape, input.options().dtype(at::kDouble)), var = at::zeros_like(mean);
-  if (given) {
-    mean.copy_(as_parameter(given_mean, input, count, at::kDouble, "mean").view(shape));
-    var.copy_(as_parameter(given_var, input, count, at::kDouble, "var").view(shape));
+  const at::Tensor mean = given ? new_statistic(shape, given_mean, input, "mean") : new_statistic(shape);
+  const at::Tensor var = given ? new_statistic(shape, given_var, input, "var") : new_statistic(shape);
+  if (g.elements() == 0) {
+    if (!given) mean.zero_(), var.zero_();
+    return {output, mean, var};
   }
-  if (g.elements() == 0) return {output, mean, var};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
     const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
     const at::Tensor b = as_parameter(bias, input, g.channels, acc_type(input), "bias");
@@ -376,7 +397,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   at::Tensor dx;
   std::vector<at::Tensor*> operands{&x, &dy};
   if (output_mask[0]) {
-    dx = prepare_output(at::empty_like(input, input.suggest_memory_format()));
+    dx = new_like(input);
     operands.push_back(&dx);
   }
   const auto view = wide_channel_view(operands, num_groups, over_batch);
@@ -384,11 +405,12 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
-  const auto options = at::TensorOptions().device(input.device()).dtype(acc_type(input));
-  at::Tensor dweight, dbias;
-  if (output_mask[1]) dweight = at::zeros({g.channels}, options);
-  if (output_mask[2]) dbias = at::zeros({g.channels}, options);
-  if (g.elements() > 0) {
+  const at::Tensor dweight = output_mask[1] ? new_statistic({g.channels}, acc_type(input)) : at::Tensor();
+  const at::Tensor dbias = output_mask[2] ? new_statistic({g.channels}, acc_type(input)) : at::Tensor();
+  if (g.elements() == 0) {
+    if (output_mask[1]) dweight.zero_();
+    if (output_mask[2]) dbias.zero_();
+  } else {
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
           using A = Acc<scalar_t>;
@@ -450,7 +472,7 @@ at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& i
                               const at::Tensor& var, const OptionalTensor& weight, const at::Tensor& sum_dy,
                               const at::Tensor& sum_dy_xhat, int64_t count, double eps) {
   at::Tensor x = input, dy = grad_output;
-  at::Tensor dx = at::empty_like(input, input.suggest_memory_format());
+  at::Tensor dx = new_like(input);
   const auto view = batch_view({&x, &dy, &dx});
   const auto statistic = [&](const at::Tensor& tensor, const char* name) {
     return as_parameter(tensor, input, input.size(1), at::kDouble, name);

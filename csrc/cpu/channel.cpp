@@ -349,14 +349,13 @@ at::Tensor new_like(const at::Tensor& input) {
       at::detail::empty_cpu(input.sizes(), input.scalar_type(), /*pin_memory=*/false, input.suggest_memory_format()));
 }
 
-at::Tensor new_statistic(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble) {
+at::Tensor new_array(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble) {
   return at::detail::empty_cpu(shape, dtype);
 }
 
 // A given statistic in float64.
-at::Tensor new_statistic(at::IntArrayRef shape, const OptionalTensor& given, const at::Tensor& input,
-                         const char* name) {
-  const at::Tensor statistic = new_statistic(shape);
+at::Tensor in_double(at::IntArrayRef shape, const OptionalTensor& given, const at::Tensor& input, const char* name) {
+  const at::Tensor statistic = new_array(shape);
   const at::Tensor values = as_parameter(given, input, statistic.numel(), given->scalar_type(), name);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "normops::_channel_norm", [&] {
     std::copy_n(values.const_data_ptr<scalar_t>(), values.numel(), statistic.mutable_data_ptr<double>());
@@ -374,10 +373,13 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   const bool given = defined(given_mean);
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
   TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");
-  const at::Tensor mean = given ? new_statistic(shape, given_mean, input, "mean") : new_statistic(shape);
-  const at::Tensor var = given ? new_statistic(shape, given_var, input, "var") : new_statistic(shape);
+  const at::Tensor mean = given ? in_double(shape, given_mean, input, "mean") : new_array(shape);
+  const at::Tensor var = given ? in_double(shape, given_var, input, "var") : new_array(shape);
   if (g.elements() == 0) {
-    if (!given) mean.zero_(), var.zero_();
+    if (!given) {
+      mean.zero_();
+      var.zero_();
+    }
     return {output, mean, var};
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
@@ -405,8 +407,8 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
-  const at::Tensor dweight = output_mask[1] ? new_statistic({g.channels}, acc_type(input)) : at::Tensor();
-  const at::Tensor dbias = output_mask[2] ? new_statistic({g.channels}, acc_type(input)) : at::Tensor();
+  const at::Tensor dweight = output_mask[1] ? new_array({g.channels}, acc_type(input)) : at::Tensor();
+  const at::Tensor dbias = output_mask[2] ? new_array({g.channels}, acc_type(input)) : at::Tensor();
   if (g.elements() == 0) {
     if (output_mask[1]) dweight.zero_();
     if (output_mask[2]) dbias.zero_();

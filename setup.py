@@ -39,20 +39,22 @@ KERNELS = ["csrc/cpu/channel_kernels.cpp", "csrc/cpu/row_kernels.cpp"]
 # A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
 KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
+OBJECTS = str(ROOT / "build" / f"torch-{torch.__version__}")
+
 
 class Build(BuildExtension):
     """Compiles the kernels for every instruction set, and keeps objects between builds."""
 
     def finalize_options(self):
         # Editable installs would build in a temporary directory, from scratch each time.
-        self.build_temp = self.build_temp or str(ROOT / "build" / f"torch-{torch.__version__}")
+        self.build_temp = self.build_temp or OBJECTS
         super().finalize_options()
 
     def build_extension(self, ext):
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
                 KERNELS,
-                output_dir=f"{self.build_temp}/{name}",
+                output_dir=f"{OBJECTS}/{name}",  # the same with and without CUDA
                 include_dirs=ext.include_dirs,
                 extra_postargs=[
                     *FLAGS,

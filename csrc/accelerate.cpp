@@ -19,7 +19,6 @@
 namespace normops {
 namespace {
 
-using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
 using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Mask2 = std::array<bool, 2>;
 
@@ -257,34 +256,28 @@ struct NativeGroupNormBackward {
   }
 };
 
-// BatchNorm has several forms in torch; F.batch_norm and F.instance_norm call the first.
-struct NativeBatchNorm {
-  static constexpr auto name = "aten::native_batch_norm", overload = "";
-
+// BatchNorm has several forms in torch; F.batch_norm and F.instance_norm call the first. Two of them differ in name and
+// in the type of their running statistics.
+template <typename Form, typename RunningStatistic>
+struct BatchNormForm {
   template <c10::DispatchKey key>
   static Tensors3 call(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                       double momentum, double eps) {
+                       RunningStatistic running_mean, RunningStatistic running_var, bool training, double momentum,
+                       double eps) {
     if (auto results = try_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)) {
       return *results;
     }
-    return original<NativeBatchNorm, key>().template call<Tensors3>(input, weight, bias, running_mean, running_var,
-                                                                    training, momentum, eps);
+    return original<Form, key>().template call<Tensors3>(input, weight, bias, running_mean, running_var, training,
+                                                         momentum, eps);
   }
 };
 
-struct NativeBatchNormLegit {
-  static constexpr auto name = "aten::_native_batch_norm_legit", overload = "";
+struct NativeBatchNorm : BatchNormForm<NativeBatchNorm, const OptionalTensor&> {
+  static constexpr auto name = "aten::native_batch_norm", overload = "";
+};
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       at::Tensor& running_mean, at::Tensor& running_var, bool training, double momentum, double eps) {
-    if (auto results = try_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)) {
-      return *results;
-    }
-    return original<NativeBatchNormLegit, key>().template call<Tensors3>(input, weight, bias, running_mean, running_var,
-                                                                         training, momentum, eps);
-  }
+struct NativeBatchNormLegit : BatchNormForm<NativeBatchNormLegit, at::Tensor&> {
+  static constexpr auto name = "aten::_native_batch_norm_legit", overload = "";
 };
 
 struct NativeBatchNormLegitNoStats {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 // nvcc compiles these for both sides; the attribute keeps the CPU's copies out of the linker's sight.
 #ifdef __CUDACC__
@@ -10,6 +11,10 @@
 #endif
 
 namespace normops {
+
+// Arithmetic is done in float, and in double for double.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Joins the moments (mean and sum of squared deviations) of a set of `count` numbers with those of `added` more:
 // Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.

@@ -7,12 +7,9 @@
 #include <type_traits>
 
 #include "../geometry.h"
+#include "../statistics.h"
 
 namespace normops::cpu {
-
-// Arithmetic is done in float, and in double for double.
-template <typename T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Contiguous lines of equal length, `stride` elements apart. A line is a row of the row engine; in the channel
 // engine it is a channel's positions (contiguous) or a position's channels (channels_last).

@@ -76,7 +76,7 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   }
   const at::Tensor mean = at::empty(shape, statistics), var = at::empty(shape, statistics);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    using A = Acc<scalar_t>;
     const Plan plan = plan_of(view, {&x, &output});
     const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
     const ChannelTensor<scalar_t> to{output.mutable_data_ptr<scalar_t>(), view.strides[1]};
@@ -137,7 +137,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   const bool sums_needed = parameters || input_stats;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
-        using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        using A = Acc<scalar_t>;
         const Plan plan = output_mask[0] ? plan_of(view, {&x, &dy, &dx}) : plan_of(view, {&x, &dy});
         const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
         const ChannelTensor<const scalar_t> grad{dy.const_data_ptr<scalar_t>(), view.strides[1]};
@@ -203,7 +203,7 @@ Tensors2 moments(const at::Tensor& input) {
   const at::Tensor mean = at::zeros({channels}, input.options().dtype(at::kDouble)), var = at::zeros_like(mean);
   if (view.geometry.elements() == 0) return {mean, var};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    using A = Acc<scalar_t>;
     const Plan plan = plan_of(view, {&x});
     const at::Tensor memory = allocate(input, plan.partials() * sizeof(ChunkMoments));
     ChunkMoments* const partials = static_cast<ChunkMoments*>(memory.mutable_data_ptr());
@@ -228,7 +228,7 @@ Tensors2 grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const
   const at::Tensor sums = at::zeros({2, channels}, means.options());
   if (view.geometry.elements() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_sums", [&] {
-      using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+      using A = Acc<scalar_t>;
       const Plan plan = plan_of(view, {&x, &dy});
       const at::Tensor memory = allocate(input, plan.partials() * sizeof(ChunkGradients));
       ChunkGradients* const partials = static_cast<ChunkGradients*>(memory.mutable_data_ptr());
@@ -265,7 +265,7 @@ at::Tensor grad_apply(const at::Tensor& grad_output, const at::Tensor& input, co
   if (view.geometry.elements() == 0) return dx;
   TORCH_CHECK(count > 0, "normops: expected count > 0, got ", count);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    using A = Acc<scalar_t>;
     const Plan plan = plan_of(view, {&x, &dy, &dx});
     BackwardMerge<A> merge{};
     merge.weight = weights.pointer();

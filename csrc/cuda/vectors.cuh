@@ -7,17 +7,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstring>
-#include <type_traits>
 
+#include "../statistics.h"
 #include "platform.cuh"
 
 namespace normops::cuda {
 
 constexpr int kVectorBytes = 16;
-
-// Arithmetic is done in float, and in double for double.
-template <typename T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
 constexpr int kFullVector = kVectorBytes / int(sizeof(T));

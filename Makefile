@@ -1,8 +1,12 @@
 # make bench    compares normops with torch on this machine and trains two networks on real data
 # make test     builds and runs the test suite
 # make test-models    converts models of transformers, diffusers and monai, and compares them with themselves
+# make dev      builds for this machine's instruction set alone, which is faster, to try a change
 # make cuda     compiles the CUDA kernels, card or no card
 # make gpu      builds, tests and measures on the card at hand
+# make dist     a source archive and a wheel, installed and tried
+# make test-torches    builds and tests with every torch from 2.11 on; takes an hour and 20 GB
+# make nightly  what is too much for every commit
 #
 # All set up everything they need in a virtual environment first; a second run rebuilds only what changed.
 #
@@ -28,13 +32,14 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test test-models build cuda gpu lint format package clean
+.PHONY: bench test test-models test-torches build dev cuda gpu lint format package dist nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
 
+# One process for each core, whose threads do not spin while they wait: there are more of them than cores.
 test: build
-	$(RUN) -m pytest $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto $(TEST_ARGS)
 
 test-models: build
 ifneq ($(ENVIRONMENT),)
@@ -46,6 +51,9 @@ endif
 build: $(ENVIRONMENT)
 	$(RUN) setup.py --quiet build_ext --inplace
 
+dev: $(ENVIRONMENT)
+	NORMOPS_INSTRUCTION_SETS=native NORMOPS_CUDA=0 $(RUN) setup.py --quiet build_ext --inplace
+
 # What needs a card, within 9 minutes: build for it, tests on it, compute-sanitizer, benchmark. Installs nothing if VENV=.
 gpu: $(ENVIRONMENT)
 	$(RUN) tests/cuda/gpu.py
@@ -54,10 +62,9 @@ gpu: $(ENVIRONMENT)
 # what the kernels take of a multiprocessor with the table in tests/cuda.
 CUDA_ARCHITECTURES ?= 8.0 9.0 10.0
 cuda: $(ENVIRONMENT)
-	NORMOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(RUN) setup.py --quiet \
-	    build --build-lib build/cuda/lib build_ext --build-temp build/cuda/temp
-	cd build/cuda/lib && $(abspath $(RUN)) -m normops
-	$(RUN) tests/cuda/resources.py build/cuda/temp
+	NORMOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(RUN) setup.py --quiet build --build-lib build/cuda
+	cd build/cuda && $(abspath $(RUN)) -m normops
+	$(RUN) tests/cuda/resources.py build
 
 ifneq ($(ENVIRONMENT),)
 $(ENVIRONMENT): pyproject.toml
@@ -84,6 +91,27 @@ package: $(ENVIRONMENT)
 	$(RUN) -c "from setuptools.build_meta import build_sdist; build_sdist('build/dist')"
 	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --target build/installed build/dist/*.tar.gz
 	cd build/installed && PYTHONPATH=. $(abspath $(RUN)) -m normops
+
+# The wheel is tried in an environment that has torch and neither this source nor anything to build it with.
+dist: $(ENVIRONMENT)
+	rm -rf dist build/fresh
+	$(RUN) -c "from setuptools.build_meta import build_sdist, build_wheel; build_sdist('dist'); build_wheel('dist')"
+	$(RUN) -m twine check --strict dist/*
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet "$(TORCH)"
+	build/fresh/bin/python -m pip install --quiet dist/*.whl
+	cd build/fresh && CXX=false bin/python -m normops
+
+TORCHES ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
+test-torches:
+	$(PYTHON) tests/torches.py $(TORCHES)
+
+# All architectures, all instruction sets, another order of the tests, other numbers of threads.
+nightly: build package dist
+	$(MAKE) cuda CUDA_ARCHITECTURES="8.0 8.6 9.0 10.0 12.0"
+	for set in default avx2; do ATEN_CPU_CAPABILITY=$$set $(RUN) -m pytest -n auto -k "not emulated" || exit; done
+	for threads in 1 3; do OMP_NUM_THREADS=$$threads $(RUN) -m pytest -p randomly -k "not emulated" || exit; done
+	$(MAKE) test-models
 
 clean:
 	rm -rf build dist *.egg-info normops/*.so .venv

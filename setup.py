@@ -1,8 +1,8 @@
 """Builds the C++ library. Everything else about the package is in pyproject.toml."""
 
-import platform
 import re
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -16,80 +16,70 @@ except ImportError:
         "then run pip install --no-build-isolation ."
     ) from None
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
-from setup_cuda import CudaToolkit  # noqa: E402
+from building.compiler import Compiler  # noqa: E402
+from building.cuda import CudaToolkit  # noqa: E402
+from building.library import compile_library, instruction_sets  # noqa: E402
 
 NAME = "normops._C"
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 
-# -O3: g++ does not vectorise at -O2. -fopenmp: at::parallel_for is serial without it. No -march=native and no
-# -ffast-math: a wheel runs on other machines, and the sums rely on rounding.
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+OLDEST_TORCH, NEWEST_TESTED_TORCH = (2, 11), (2, 15)
+TORCH = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
 
-# The kernel files are compiled once for each of these; the library picks one when it is loaded.
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-INSTRUCTION_SETS = {"DEFAULT": []}
-if X86:
-    INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["AVX512_BF16"] = [*INSTRUCTION_SETS["AVX512"], "-mavx512bf16"]
-KERNELS = ["csrc/cpu/channel_kernels.cpp", "csrc/cpu/row_kernels.cpp"]
 
-# A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
-KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-
-OBJECTS = str(ROOT / "build" / f"torch-{torch.__version__}")
+def requirement():
+    """The torch that goes with this package: for the source any that is new enough, for what was compiled the one it
+    was compiled with, as torch promises no binary interface across minor versions."""
+    if "sdist" in sys.argv:
+        return f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"
+    release = torch.__version__.partition("+")[0]
+    return f"torch=={TORCH[0]}.{TORCH[1]}.*" if re.fullmatch(r"[\d.]+", release) else f"torch=={release}"
 
 
 class Build(BuildExtension):
-    """Compiles the kernels for every instruction set, and keeps objects between builds."""
+    """One ninja for everything, as torch's own has one set of flags, and objects that are kept between builds."""
 
-    def finalize_options(self):
-        # Editable installs would build in a temporary directory, from scratch each time.
-        self.build_temp = self.build_temp or OBJECTS
-        super().finalize_options()
+    def build_extensions(self):
+        if self.compiler.compiler_type != "unix":
+            raise SystemExit("normops is built with g++ or clang; the compiler of Visual Studio has not been tried")
+        if TORCH < OLDEST_TORCH:
+            raise SystemExit(f"normops needs torch 2.11 or later, and this is {torch.__version__}: install a newer one")
+        if TORCH > NEWEST_TESTED_TORCH:
+            newest = ".".join(map(str, NEWEST_TESTED_TORCH))
+            print(f"normops: torch {torch.__version__} is newer than {newest}, the newest tested", file=sys.stderr)
+        self.cxx, self.cuda = Compiler(), CudaToolkit.find()
+        super().build_extensions()
 
     def build_extension(self, ext):
-        for name, flags in INSTRUCTION_SETS.items():
-            ext.extra_objects += self.compiler.compile(
-                KERNELS,
-                output_dir=f"{OBJECTS}/{name}",  # the same with and without CUDA
-                include_dirs=ext.include_dirs,
-                extra_postargs=[
-                    *FLAGS,
-                    *KERNEL_FLAGS,
-                    *flags,
-                    f"-DCPU_CAPABILITY={name}",
-                    f"-DCPU_CAPABILITY_{name.partition('_')[0]}",
-                ],
-                depends=ext.depends,
-            )
-        if CUDA:
-            ext.extra_objects += CUDA.compile([ROOT / path for path in csrc("*.cu")], Path(self.build_temp) / "cuda")
-            ext.extra_objects.append(str(CUDA.runtime))
-        super().build_extension(ext)
+        sets = instruction_sets(self.cxx)
+        report = {"VERSION": VERSION, "INSTRUCTION_SETS": " ".join(sets)}
+        report |= {"CUDA": self.cuda.description()} if self.cuda else {}
+        objects = compile_library(
+            ROOT / "csrc",
+            ROOT / "build" / f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}",
+            self.cxx,
+            sets,
+            [*ext.include_dirs, *self.include_dirs],
+            ["-DTORCH_EXTENSION_NAME=_C", *(f'-DNORMOPS_{name}="{value}"' for name, value in report.items())],
+            self.cuda,
+        )
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runtime = [str(self.cuda.runtime)] if self.cuda else []
+        self.compiler.link_shared_object(
+            [*objects, *runtime],
+            str(path),
+            libraries=self.get_libraries(ext),
+            library_dirs=[*self.library_dirs, *ext.library_dirs],
+            extra_postargs=[*self.cxx.openmp, "-s", *(["-ldl", "-lrt", "-lpthread"] if self.cuda else [])],
+            target_lang="c++",
+        )
 
-
-def csrc(pattern):
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
-
-
-CUDA = CudaToolkit.find()
-DEFINES = [("NORMOPS_VERSION", f'"{VERSION}"'), ("NORMOPS_INSTRUCTION_SETS", f'"{" ".join(INSTRUCTION_SETS)}"')]
-DEFINES += [("NORMOPS_X86", None)] if X86 else []
-DEFINES += [("NORMOPS_CUDA", f'"{CUDA.description()}"')] if CUDA else []
 
 setup(
-    ext_modules=[
-        CppExtension(
-            NAME,
-            [path for path in csrc("*.cpp") if path not in KERNELS and (CUDA or "cuda" not in Path(path).parts)],
-            depends=csrc("*.*"),
-            define_macros=DEFINES,
-            extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp", "-s", *(["-ldl", "-lrt", "-lpthread"] if CUDA else [])],
-        )
-    ],
+    install_requires=[requirement()],
+    ext_modules=[CppExtension(NAME, [])],
     cmdclass={"build_ext": Build},
 )

@@ -7,11 +7,15 @@
 
 #include "accelerate.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <memory>
 #include <mutex>
+#include <set>
 #include <vector>
 
 #include "ops.h"
@@ -155,10 +159,14 @@ class Original {
   std::optional<c10::SafeKernelFunction> kernel_;
 };
 
-template <class Op, c10::DispatchKey key>
-const Original& original() {
-  static const Original found(c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload), key);
-  return found;
+bool on_cuda(c10::DispatchKeySet keys) { return keys.has(c10::DispatchKey::CUDA); }
+
+// For the device that the dispatcher has chosen.
+template <class Op>
+const Original& original(c10::DispatchKeySet keys) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload);
+  static const Original cpu(op, c10::DispatchKey::CPU), cuda(op, c10::DispatchKey::CUDA);
+  return on_cuda(keys) ? cuda : cpu;
 }
 
 // One struct for each of torch's operators, with torch's arguments.
@@ -166,23 +174,21 @@ const Original& original() {
 struct NativeLayerNorm {
   static constexpr auto name = "aten::native_layer_norm", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& input, at::IntArrayRef shape, const OptionalTensor& weight,
-                       const OptionalTensor& bias, double eps) {
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& input, at::IntArrayRef shape,
+                       const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
     if (auto results = try_layer_norm(input, shape, weight, bias, eps)) return *results;
-    return original<NativeLayerNorm, key>().template call<Tensors3>(input, shape, weight, bias, eps);
+    return original<NativeLayerNorm>(keys).call<Tensors3>(input, shape, weight, bias, eps);
   }
 };
 
 struct NativeLayerNormBackward {
   static constexpr auto name = "aten::native_layer_norm_backward", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& grad, const at::Tensor& input, at::IntArrayRef shape, const at::Tensor& mean,
-                       const at::Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias, Mask3 mask) {
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& grad, const at::Tensor& input, at::IntArrayRef shape,
+                       const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight,
+                       const OptionalTensor& bias, Mask3 mask) {
     if (auto grads = try_layer_norm_backward(grad, input, shape, mean, rstd, weight, bias, mask)) return *grads;
-    return original<NativeLayerNormBackward, key>().template call<Tensors3>(grad, input, shape, mean, rstd, weight,
-                                                                            bias, mask);
+    return original<NativeLayerNormBackward>(keys).call<Tensors3>(grad, input, shape, mean, rstd, weight, bias, mask);
   }
 };
 
@@ -190,11 +196,10 @@ struct NativeLayerNormBackward {
 struct FusedRmsNorm {
   static constexpr auto name = "aten::_fused_rms_norm", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors2 call(const at::Tensor& input, at::IntArrayRef shape, const OptionalTensor& weight,
-                       std::optional<double> eps) {
+  static Tensors2 call(c10::DispatchKeySet keys, const at::Tensor& input, at::IntArrayRef shape,
+                       const OptionalTensor& weight, std::optional<double> eps) {
     if (!covered(input) || !ends_in(input, shape) || !covered(weight, input, shape)) {
-      return original<FusedRmsNorm, key>().template call<Tensors2>(input, shape, weight, eps);
+      return original<FusedRmsNorm>(keys).call<Tensors2>(input, shape, weight, eps);
     }
     auto [output, mean, rstd] =
         ops::row_norm(input, shape.size(), weight, std::nullopt, eps.value_or(default_rms_eps(input)),
@@ -207,11 +212,10 @@ struct FusedRmsNorm {
 struct FusedRmsNormBackward {
   static constexpr auto name = "aten::_fused_rms_norm_backward", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors2 call(const at::Tensor& grad, const at::Tensor& input, at::IntArrayRef shape, const at::Tensor& rstd,
-                       const OptionalTensor& weight, Mask2 mask) {
+  static Tensors2 call(c10::DispatchKeySet keys, const at::Tensor& grad, const at::Tensor& input, at::IntArrayRef shape,
+                       const at::Tensor& rstd, const OptionalTensor& weight, Mask2 mask) {
     if (!covered_gradient(grad, input)) {
-      return original<FusedRmsNormBackward, key>().template call<Tensors2>(grad, input, shape, rstd, weight, mask);
+      return original<FusedRmsNormBackward>(keys).call<Tensors2>(grad, input, shape, rstd, weight, mask);
     }
     auto [dx, dweight, none] =
         ops::row_norm_backward(grad, input, shape.size(), at::zeros_like(rstd), rstd, weight, /*eps=*/0,
@@ -223,13 +227,13 @@ struct FusedRmsNormBackward {
 struct NativeGroupNorm {
   static constexpr auto name = "aten::native_group_norm", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       int64_t samples, int64_t channels, int64_t positions, int64_t groups, double eps) {
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, int64_t samples, int64_t channels, int64_t positions, int64_t groups,
+                       double eps) {
     if (!covered_group_norm(input, samples, channels, positions, groups) || !covered(weight, input, channels) ||
         !covered(bias, input, channels)) {
-      return original<NativeGroupNorm, key>().template call<Tensors3>(input, weight, bias, samples, channels, positions,
-                                                                      groups, eps);
+      return original<NativeGroupNorm>(keys).call<Tensors3>(input, weight, bias, samples, channels, positions, groups,
+                                                            eps);
     }
     auto [output, mean, var] =
         ops::channel_norm(input, std::nullopt, std::nullopt, weight, bias, groups, /*over_batch=*/false, eps);
@@ -241,14 +245,13 @@ struct NativeGroupNorm {
 struct NativeGroupNormBackward {
   static constexpr auto name = "aten::native_group_norm_backward", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& mean, const at::Tensor& rstd,
-                       const OptionalTensor& weight, int64_t samples, int64_t channels, int64_t positions,
-                       int64_t groups, Mask3 mask) {
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& grad, const at::Tensor& input,
+                       const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, int64_t samples,
+                       int64_t channels, int64_t positions, int64_t groups, Mask3 mask) {
     if (!covered_group_norm(input, samples, channels, positions, groups) || !covered_gradient(grad, input) ||
         !covered(weight, input, channels)) {
-      return original<NativeGroupNormBackward, key>().template call<Tensors3>(grad, input, mean, rstd, weight, samples,
-                                                                              channels, positions, groups, mask);
+      return original<NativeGroupNormBackward>(keys).call<Tensors3>(grad, input, mean, rstd, weight, samples, channels,
+                                                                    positions, groups, mask);
     }
     auto [dx, dweight, dbias] = ops::channel_norm_backward(grad, input, mean, var_of(rstd), weight, groups,
                                                            /*over_batch=*/false, /*eps=*/0, /*input_stats=*/true, mask);
@@ -260,15 +263,13 @@ struct NativeGroupNormBackward {
 // in the type of their running statistics.
 template <typename Form, typename RunningStatistic>
 struct BatchNormForm {
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       RunningStatistic running_mean, RunningStatistic running_var, bool training, double momentum,
-                       double eps) {
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, RunningStatistic running_mean, RunningStatistic running_var,
+                       bool training, double momentum, double eps) {
     if (auto results = try_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)) {
       return *results;
     }
-    return original<Form, key>().template call<Tensors3>(input, weight, bias, running_mean, running_var, training,
-                                                         momentum, eps);
+    return original<Form>(keys).template call<Tensors3>(input, weight, bias, running_mean, running_var, training, momentum, eps);
   }
 };
 
@@ -283,27 +284,25 @@ struct NativeBatchNormLegit : BatchNormForm<NativeBatchNormLegit, at::Tensor&> {
 struct NativeBatchNormLegitNoStats {
   static constexpr auto name = "aten::_native_batch_norm_legit", overload = "no_stats";
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
-                       double momentum, double eps) {
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, bool training, double momentum, double eps) {
     if (auto results = try_batch_norm(input, weight, bias, std::nullopt, std::nullopt, training, momentum, eps)) {
       return *results;
     }
-    return original<NativeBatchNormLegitNoStats, key>().template call<Tensors3>(input, weight, bias, training, momentum,
-                                                                                eps);
+    return original<NativeBatchNormLegitNoStats>(keys).call<Tensors3>(input, weight, bias, training, momentum, eps);
   }
 };
 
 struct BatchNormWithUpdate {
   static constexpr auto name = "aten::_batch_norm_with_update", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors4 call(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       at::Tensor& running_mean, at::Tensor& running_var, double momentum, double eps) {
+  static Tensors4 call(c10::DispatchKeySet keys, const at::Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, at::Tensor& running_mean, at::Tensor& running_var, double momentum,
+                       double eps) {
     auto results = try_batch_norm(input, weight, bias, running_mean, running_var, /*training=*/true, momentum, eps);
     if (!results) {
-      return original<BatchNormWithUpdate, key>().template call<Tensors4>(input, weight, bias, running_mean,
-                                                                          running_var, momentum, eps);
+      return original<BatchNormWithUpdate>(keys).call<Tensors4>(input, weight, bias, running_mean, running_var,
+                                                                momentum, eps);
     }
     auto [output, mean, rstd] = *results;
     return {output, mean, rstd, at::empty({0}, input.options().dtype(at::kByte))};
@@ -313,33 +312,32 @@ struct BatchNormWithUpdate {
 struct NativeBatchNormBackward {
   static constexpr auto name = "aten::native_batch_norm_backward", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& grad, const at::Tensor& input, const OptionalTensor& weight,
-                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                       const OptionalTensor& mean, const OptionalTensor& rstd, bool training, double eps, Mask3 mask) {
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& grad, const at::Tensor& input,
+                       const OptionalTensor& weight, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& mean, const OptionalTensor& rstd,
+                       bool training, double eps, Mask3 mask) {
     if (auto grads =
             try_batch_norm_backward(grad, input, weight, running_mean, running_var, mean, rstd, training, eps, mask)) {
       return *grads;
     }
-    return original<NativeBatchNormBackward, key>().template call<Tensors3>(
-        grad, input, weight, running_mean, running_var, mean, rstd, training, eps, mask);
+    return original<NativeBatchNormBackward>(keys).call<Tensors3>(grad, input, weight, running_mean, running_var, mean,
+                                                                  rstd, training, eps, mask);
   }
 };
 
 struct BatchNormBackward {
   static constexpr auto name = "aten::batch_norm_backward", overload = "";
 
-  template <c10::DispatchKey key>
-  static Tensors3 call(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
-                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& grad, const at::Tensor& input,
+                       const at::Tensor& weight, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                        const OptionalTensor& mean, const OptionalTensor& rstd, bool training, double eps, Mask3 mask,
                        const at::Tensor& reserve) {
     if (auto grads =
             try_batch_norm_backward(grad, input, weight, running_mean, running_var, mean, rstd, training, eps, mask)) {
       return *grads;
     }
-    return original<BatchNormBackward, key>().template call<Tensors3>(grad, input, weight, running_mean, running_var,
-                                                                      mean, rstd, training, eps, mask, reserve);
+    return original<BatchNormBackward>(keys).call<Tensors3>(grad, input, weight, running_mean, running_var, mean, rstd,
+                                                            training, eps, mask, reserve);
   }
 };
 
@@ -348,26 +346,23 @@ std::unique_ptr<torch::Library> library(c10::DispatchKey key) {
 }
 
 // As compile-time functions: a call that is under way while the library goes has nothing of it to miss.
-template <c10::DispatchKey key, class... Ops>
-void install(torch::Library& into) {
-  (original<Ops, key>(), ...);  // before it is hidden
-  (into.impl(c10::toString(c10::OperatorName(Ops::name, Ops::overload)).c_str(), TORCH_FN((Ops::template call<key>))),
-   ...);
+template <class... Ops>
+void install(torch::Library& into, c10::DispatchKey key) {
+  (original<Ops>(c10::DispatchKeySet(key)), ...);  // before it is hidden
+  (into.impl(c10::toString(c10::OperatorName(Ops::name, Ops::overload)).c_str(), TORCH_FN(Ops::call)), ...);
 }
 
-template <c10::DispatchKey key>
-std::unique_ptr<torch::Library> install_all() {
+std::unique_ptr<torch::Library> install_all(c10::DispatchKey key) {
   auto whole = library(key);
-  install<key, NativeLayerNorm, NativeLayerNormBackward, FusedRmsNorm, NativeGroupNorm, NativeGroupNormBackward,
+  install<NativeLayerNorm, NativeLayerNormBackward, FusedRmsNorm, NativeGroupNorm, NativeGroupNormBackward,
           NativeBatchNorm, NativeBatchNormLegit, NativeBatchNormLegitNoStats, BatchNormWithUpdate,
-          NativeBatchNormBackward, BatchNormBackward>(*whole);
-  if (original<FusedRmsNormBackward, key>().exists()) {
-    install<key, FusedRmsNormBackward>(*whole);
-  } else {
+          NativeBatchNormBackward, BatchNormBackward>(*whole, key);
+  static std::set<c10::DispatchKey> kept;
+  if (original<FusedRmsNormBackward>(c10::DispatchKeySet(key)).exists()) {
+    install<FusedRmsNormBackward>(*whole, key);
+  } else if (kept.insert(key).second) {
     // It hides nothing and stays: what ran forward under acceleration may be differentiated after its end.
-    static torch::Library& kept = *library(key).release();
-    static const bool once = (install<key, FusedRmsNormBackward>(kept), true);
-    (void)once;
+    install<FusedRmsNormBackward>(*library(key).release(), key);
   }
   return whole;
 }
@@ -394,8 +389,8 @@ void accelerate(bool on) {
   if (users == 0 || !libraries.empty()) return;
   Silence silence;
   const c10::WarningUtils::WarningHandlerGuard guard(&silence);
-  if (has_engine(c10::DispatchKey::CPU)) libraries.push_back(install_all<c10::DispatchKey::CPU>());
-  if (has_engine(c10::DispatchKey::CUDA)) libraries.push_back(install_all<c10::DispatchKey::CUDA>());
+  if (has_engine(c10::DispatchKey::CPU)) libraries.push_back(install_all(c10::DispatchKey::CPU));
+  if (has_engine(c10::DispatchKey::CUDA)) libraries.push_back(install_all(c10::DispatchKey::CUDA));
 }
 
 }  // namespace normops

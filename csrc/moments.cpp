@@ -1,6 +1,6 @@
 // Moments of a whole from those of its parts, wherever they are: SyncBatchNorm has one part for each rank.
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
 #include "tensors.h"

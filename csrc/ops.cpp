@@ -1,5 +1,6 @@
 #include "ops.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 // Public operators have torch.nn.functional's arguments and are made of the private ones, which do the work and are

@@ -2,8 +2,6 @@
 
 // Operators called from C++, through the dispatcher so that torch.compile and profilers see them.
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include "tensors.h"
 
 namespace normops::ops {

@@ -3,7 +3,8 @@
 // What the engines of every device ask of a tensor: its shape as rows or as channels, parameters in the type of the
 // arithmetic, and the checks that keep a kernel inside its memory whoever calls it.
 
-#include <ATen/ATen.h>
+#include <ATen/DimVector.h>
+#include <ATen/core/Tensor.h>
 
 #include <limits>
 #include <optional>

@@ -14,7 +14,7 @@ from normops import __main__
 from normops._ops import _C, BUILD_INFO
 
 ROOT = Path(__file__).parent.parent
-OBJECTS = sorted((ROOT / "build").glob("*/AVX*/**/*.o"))
+OBJECTS = sorted((ROOT / "build").glob("*/AVX*/*.o"))
 
 
 def test_version():
@@ -56,7 +56,7 @@ def test_tables_of_what_works():
 
 
 @pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="needs the objects of a build, and nm")
-@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: f"{path.parents[2].name}-{path.stem}")
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: "-".join(path.with_suffix("").parts[-3:]))
 def test_symbols(path):
     """Kernel files share no code: the linker merges weak symbols, and would run AVX-512 on a processor without it."""
     listing = subprocess.run(["nm", "--defined-only", "-C", path], capture_output=True, text=True, check=True).stdout

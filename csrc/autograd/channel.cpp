@@ -1,7 +1,7 @@
 // BatchNorm, InstanceNorm and GroupNorm as torch sees them: public operators, autograd, functorch.
 
+#include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "../checks.h"
@@ -202,8 +202,8 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                           const at::Tensor& var, double momentum, c10::SymInt count) {
-  torch::autograd::impl::bump_version(running_mean);
-  torch::autograd::impl::bump_version(running_var);
+  running_mean.unsafeGetTensorImpl()->bump_version();
+  running_var.unsafeGetTensorImpl()->bump_version();
   const at::AutoDispatchBelowADInplaceOrView below;
   ops::update_running_stats(running_mean, running_var, mean, var, momentum, std::move(count));
 }

@@ -1,6 +1,8 @@
 #include "composition.h"
 
 #include <ATen/FuncTorchTLS.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <vector>
 

@@ -3,6 +3,8 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -54,9 +56,10 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 
 enum class Order { kForwards, kBackwards };
 
+using Stage = c10::function_ref<void(const Region&)>;
+
 // f(region) for regions of `segments` by `channels`, shared among threads.
-template <typename F>
-void for_regions(const Geometry& g, int64_t segments, int64_t channels, Order order, const F& f) {
+void for_regions(const Geometry& g, int64_t segments, int64_t channels, Order order, Stage f) {
   const int64_t across = (g.channels + channels - 1) / channels;
   const int64_t down = (g.segments() + segments - 1) / segments;
   const int64_t elements = g.elements() / std::max<int64_t>(1, across * down);
@@ -93,9 +96,8 @@ void for_groups(const Geometry& g, const Region& r, const F& f) {
 // is still in cache. A thread takes a group through all stages if there are enough of them for all threads. Otherwise
 // every stage is shared among all threads in turn. With statistics given there is no order to keep: memory is read
 // once, and the sums of the backward pass are merged at the end. All ways do the same arithmetic.
-template <typename Reduce, typename Merge, typename Coefficients, typename Apply>
-void run_stages(const Geometry& g, int64_t element_size, bool given, const Reduce& reduce, const Merge& merge,
-                const Coefficients& coefficients, const Apply& apply) {
+void run_stages(const Geometry& g, int64_t element_size, bool given, Stage reduce, Stage merge, Stage coefficients,
+                Stage apply) {
   const int64_t row_segments = g.segments_per_row();
   const auto channels_of = [&](int64_t bytes, int64_t bytes_per_channel) {
     const int64_t wanted = bytes / std::max<int64_t>(1, bytes_per_channel);
@@ -249,10 +251,10 @@ struct GradTotals {
 // dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
 // statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
 // be only a part, and the whole is given as `totals`. The last is left out where dx is null.
-template <typename T, typename P>
+template <typename T>
 void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<Acc<T>> weight,
               const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
-              P* dweight, P* dbias) {
+              double* dweight, double* dbias) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
@@ -329,13 +331,13 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
   };
   run_stages(g, 2 * sizeof(T), given || totals.dy, reduce, merge, coefficients, apply);
 
-  const auto sum_rows = [&](const Scratch<double>& sums, P* total) {
+  const auto sum_rows = [&](const Scratch<double>& sums, double* total) {
     if (total == nullptr) return;
     parallel(C, g.rows(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         double sum = 0;
         for (int64_t row = 0; row < g.rows(); ++row) sum += sums[row * row_segments * C + c];
-        total[c] = P(sum);
+        total[c] = sum;
       }
     });
   };
@@ -392,6 +394,17 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   return {output, mean, var};
 }
 
+// Sums as a tensor in the type of the arithmetic; undefined where there are none.
+at::Tensor rounded(const double* sums, int64_t length, at::ScalarType type) {
+  if (sums == nullptr) return {};
+  const at::Tensor result = new_array({length}, type);
+  if (type == at::kDouble)
+    std::copy_n(sums, length, result.mutable_data_ptr<double>());
+  else
+    std::copy_n(sums, length, result.mutable_data_ptr<float>());
+  return result;
+}
+
 Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups, bool over_batch,
                                double eps, bool input_stats, Mask3 output_mask) {
@@ -407,25 +420,21 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
-  const at::Tensor dweight = output_mask[1] ? new_array({g.channels}, acc_type(input)) : at::Tensor();
-  const at::Tensor dbias = output_mask[2] ? new_array({g.channels}, acc_type(input)) : at::Tensor();
-  if (g.elements() == 0) {
-    if (output_mask[1]) dweight.zero_();
-    if (output_mask[2]) dbias.zero_();
-  } else {
+  const Scratch<double> sums(2 * g.channels);
+  std::fill_n(sums + 0, 2 * g.channels, 0.0);
+  double* const dweight = output_mask[1] ? sums + 0 : nullptr;
+  double* const dbias = output_mask[2] ? sums + g.channels : nullptr;
+  if (g.elements() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
-          using A = Acc<scalar_t>;
           const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
-          backward<scalar_t>(g, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
-                             {x.const_data_ptr<scalar_t>(), view.strides[0]},
-                             {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
-                             means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats, {},
-                             dweight.defined() ? dweight.mutable_data_ptr<A>() : nullptr,
-                             dbias.defined() ? dbias.mutable_data_ptr<A>() : nullptr);
+          backward<scalar_t>(
+              g, {dy.const_data_ptr<scalar_t>(), view.strides[1]}, {x.const_data_ptr<scalar_t>(), view.strides[0]},
+              {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
+              means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats, {}, dweight, dbias);
         });
   }
-  return {dx, dweight, dbias};
+  return {dx, rounded(dweight, g.channels, acc_type(input)), rounded(dbias, g.channels, acc_type(input))};
 }
 
 // The stages one at a time, per channel and over the batch: between them SyncBatchNorm joins what its ranks have found.
@@ -486,11 +495,10 @@ at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& i
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
     const at::Tensor w = as_parameter(weight, input, input.size(1), acc_type(input), "weight");
     const GradTotals totals{dys.const_data_ptr<double>(), dys_xhat.const_data_ptr<double>(), double(count)};
-    double* const unwanted = nullptr;
     backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
                        {x.const_data_ptr<scalar_t>(), view.strides[0]},
                        {dx.mutable_data_ptr<scalar_t>(), view.strides[2]}, {w, 1}, means.const_data_ptr<double>(),
-                       vars.const_data_ptr<double>(), eps, /*given=*/false, totals, unwanted, unwanted);
+                       vars.const_data_ptr<double>(), eps, /*given=*/false, totals, nullptr, nullptr);
   });
   return dx;
 }

@@ -99,7 +99,7 @@ NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double*
       ShortLines<T, packs> lines(tile.positions);
       for (int64_t c = 0; c < tile.channels; c += lines.kCount) {
         const int64_t count = std::min<int64_t>(lines.kCount, tile.channels - c);
-        lines.template take_moments<true>([&](int64_t i) { return x[c + std::min(i, count - 1)]; });
+        lines.take_moments(/*centered=*/true, [&](int64_t i) { return x[c + std::min(i, count - 1)]; });
         std::copy_n(lines.mean, count, mean + c);
         std::copy_n(lines.m2, count, m2 + c);
       }

@@ -1,51 +1,63 @@
 #include "kernels.h"
 
 #include <ATen/Version.h>
+#include <c10/util/Exception.h>
 
 #include <cstdlib>
 #include <string>
 
 namespace normops::cpu {
+namespace {
 
-#define NORMOPS_DECLARE_KERNELS(ISA)      \
-  namespace ISA {                         \
-  void add_row_kernels(KernelTable&);     \
-  void add_channel_kernels(KernelTable&); \
+#define NORMOPS_INSTRUCTION_SET(ISA)                    \
+  }                                                     \
+  namespace ISA {                                       \
+  void add_row_kernels(KernelTable&);                   \
+  void add_channel_kernels(KernelTable&);               \
+  }                                                     \
+  namespace {                                           \
+  [[maybe_unused]] void add_##ISA(KernelTable& table) { \
+    table.name = #ISA;                                  \
+    ISA::add_row_kernels(table);                        \
+    ISA::add_channel_kernels(table);                    \
   }
-NORMOPS_DECLARE_KERNELS(DEFAULT)
-#ifdef NORMOPS_X86
-NORMOPS_DECLARE_KERNELS(AVX2)
-NORMOPS_DECLARE_KERNELS(AVX512)
-NORMOPS_DECLARE_KERNELS(AVX512_BF16)
+#ifdef NORMOPS_BUILT_DEFAULT
+NORMOPS_INSTRUCTION_SET(DEFAULT)
 #endif
+#ifdef NORMOPS_BUILT_AVX2
+NORMOPS_INSTRUCTION_SET(AVX2)
+#endif
+#ifdef NORMOPS_BUILT_AVX512
+NORMOPS_INSTRUCTION_SET(AVX512)
+#endif
+#ifdef NORMOPS_BUILT_AVX512_BF16
+NORMOPS_INSTRUCTION_SET(AVX512_BF16)
+#endif
+
+}  // namespace
 
 const KernelTable& kernels() {
   static const KernelTable table = [] {
-    KernelTable chosen;
-#ifdef NORMOPS_X86
-    // Torch has already asked the processor, and obeys ATEN_CPU_CAPABILITY. It has no name for AVX512_BF16.
+    // Torch has already asked the processor, and obeys ATEN_CPU_CAPABILITY. It has no name for AVX512_BF16. Each set
+    // takes the place of the one before.
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") {
-      chosen.name = "AVX512";
-      AVX512::add_row_kernels(chosen);
-      AVX512::add_channel_kernels(chosen);
-      if (std::getenv("ATEN_CPU_CAPABILITY") == nullptr && __builtin_cpu_supports("avx512bf16")) {
-        chosen.name = "AVX512_BF16";
-        AVX512_BF16::add_row_kernels(chosen);
-        AVX512_BF16::add_channel_kernels(chosen);
-      }
-      return chosen;
-    }
-    if (capability == "AVX2") {
-      chosen.name = "AVX2";
-      AVX2::add_row_kernels(chosen);
-      AVX2::add_channel_kernels(chosen);
-      return chosen;
+    [[maybe_unused]] const bool avx512 = capability == "AVX512", avx2 = avx512 || capability == "AVX2";
+    KernelTable chosen{};
+#ifdef NORMOPS_BUILT_DEFAULT
+    add_DEFAULT(chosen);
+#endif
+#ifdef NORMOPS_BUILT_AVX2
+    if (avx2) add_AVX2(chosen);
+#endif
+#ifdef NORMOPS_BUILT_AVX512
+    if (avx512) add_AVX512(chosen);
+#endif
+#ifdef NORMOPS_BUILT_AVX512_BF16
+    if (avx512 && std::getenv("ATEN_CPU_CAPABILITY") == nullptr && __builtin_cpu_supports("avx512bf16")) {
+      add_AVX512_BF16(chosen);
     }
 #endif
-    chosen.name = "DEFAULT";
-    DEFAULT::add_row_kernels(chosen);
-    DEFAULT::add_channel_kernels(chosen);
+    TORCH_CHECK(chosen.name, "normops was built without kernels for ", capability, " (NORMOPS_INSTRUCTION_SETS)");
     return chosen;
   }();
   return table;

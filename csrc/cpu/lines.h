@@ -17,7 +17,7 @@ namespace {
 // Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms).
 template <typename T, int kTerms, typename Term>
 NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
-  constexpr int kUnroll = 8 / (kTerms * Pack<T>::kParts);
+  constexpr int kUnroll = NORMOPS_PLAIN ? 1 : 8 / (kTerms * Pack<T>::kParts);
   Pack<T> sums[kUnroll][kTerms];
   sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
   std::array<Acc<T>, kTerms> result;
@@ -44,7 +44,8 @@ NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int6
     });
   };
   int64_t line = 0;
-  for (; line + 4 <= lines; line += 4) add(line, std::integral_constant<int, 4>{});
+  constexpr int kTogether = NORMOPS_PLAIN ? 1 : 4;
+  for (; line + kTogether <= lines; line += kTogether) add(line, std::integral_constant<int, kTogether>{});
   for (; line < lines; ++line) add(line, std::integral_constant<int, 1>{});
 }
 
@@ -147,12 +148,12 @@ struct ShortLines {
 
   // Loads the lines at address(0), address(1), ..., takes their moments (mean and sum of squares about it; or, if not
   // centered, about zero) and leaves in `line` their deviations from the means without `low`.
-  template <bool kCentered, typename Address>
-  NORMOPS_INLINE void take_moments(Address address) {
+  template <typename Address>
+  NORMOPS_INLINE void take_moments(bool centered, Address address) {
     std::array<Acc<T>, kCount> center{}, first{};
     Pack<T> sums[kCount];
     unroll<kCount>([&](auto r) { line[r].load(address(r)); });
-    if constexpr (kCentered) {
+    if (centered) {
       unroll<kCount>([&](auto r) {
         center[r] = mean_of_four(address(r));
         line[r].subtract(center[r]);
@@ -164,7 +165,7 @@ struct ShortLines {
     auto second = sums_of<T>(sums);
     unroll<kCount>([&](auto r) {
       const double inverse = line[r].inverse;
-      if (kCentered && !guess_was_near(first[r], second[r], inverse)) [[unlikely]] {
+      if (centered && !guess_was_near(first[r], second[r], inverse)) [[unlikely]] {
         center[r] = Acc<T>(center[r] + first[r] * inverse);
         line[r].load(address(r));
         line[r].subtract(center[r]);
@@ -192,10 +193,11 @@ struct ShortLines {
   }
 };
 
-// f(packs) with the number of packs in a line as a constant, if the line is short; false if it is not.
-constexpr int kShortPacks = 8;
+// f(packs) with the number of packs in a line as a constant, if the line is short; false if it is not. Each number of
+// packs is code of its own, which float64 is not worth.
 template <typename T, typename F>
 NORMOPS_INLINE bool if_short(int64_t length, F f) {
+  constexpr int kShortPacks = NORMOPS_PLAIN || std::is_same_v<T, double> ? 0 : 8;
   const int64_t packs = (length + Pack<T>::kSize - 1) / Pack<T>::kSize;
   if (packs < 1 || packs > kShortPacks) return false;
   unroll<kShortPacks>([&](auto i) {

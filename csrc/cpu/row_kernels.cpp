@@ -26,9 +26,26 @@ double sum_of_squares(const T* x, int64_t length) {
   return total;
 }
 
-template <typename T, bool kWeight, bool kBias>
+// A weight or bias along a row, or the number that stands for an absent one: kernels read either.
+template <typename T>
+class RowParameter {
+ public:
+  NORMOPS_INLINE RowParameter(const Acc<T>* given, Acc<T> absent)
+      : data_(given ? given : absent_), step_(given ? 1 : 0) {
+    Pack<T>(absent).store_packed(absent_);
+  }
+  NORMOPS_INLINE Pack<T> operator[](int64_t j) const { return Pack<T>::load_packed(data_ + j * step_); }
+
+ private:
+  alignas(64) Acc<T> absent_[Pack<T>::kSize];
+  const Acc<T>* data_;
+  int64_t step_;
+};
+
+template <typename T>
 NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
   using A = Acc<T>;
+  const RowParameter<T> weight(a.weight, 1), bias(a.bias, 0);
   const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.x[row];
@@ -47,32 +64,26 @@ NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
       sweep<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, auto) {
         const int64_t j = from + i;
         if (a.length <= kChunk) prefetch(next + j);
-        Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
-        if constexpr (kWeight && kBias) {
-          v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
-        } else if constexpr (kWeight) {
-          v = v * Pack<T>::load_packed(a.weight + j);
-        } else if constexpr (kBias) {
-          v = v + Pack<T>::load_packed(a.bias + j);
-        }
-        v.store(y + j, lanes);
+        const Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
+        fmadd(v, weight[j], bias[j]).store(y + j, lanes);
       });
     }
   }
 }
 
-template <typename T, int kPacks, bool kCentered>
+template <typename T, int kPacks>
 NORMOPS_KERNEL short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   ShortLines<T, kPacks> lines(a.length);
+  const RowParameter<T> w(a.weight, 1), b(a.bias, 0);
   Pack<T> weight[kPacks], bias[kPacks];
   lines.line[0].each([&](int i, int64_t j, auto) {
-    weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1);
-    bias[i] = a.bias ? Pack<T>::load_packed(a.bias + j) : Pack<T>(0);
+    weight[i] = w[j];
+    bias[i] = b[j];
   });
   const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; row += lines.kCount) {
     const int64_t count = std::min<int64_t>(lines.kCount, end - row);
-    lines.template take_moments<kCentered>([&](int64_t i) { return a.x[row + std::min(i, count - 1)]; });
+    lines.take_moments(a.centered, [&](int64_t i) { return a.x[row + std::min(i, count - 1)]; });
     double rstd[lines.kCount];
     for (int r = 0; r < lines.kCount; ++r) rstd[r] = 1 / std::sqrt(lines.m2[r] * inverse + a.eps);
     std::copy_n(lines.mean, count, a.mean + row);
@@ -114,8 +125,9 @@ struct RowCoefficients {
 template <typename T, int kPacks>
 NORMOPS_KERNEL short_row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   ShortLine<T, kPacks> dy(a.length), x(a.length);
+  const RowParameter<T> w(a.weight, 1);
   Pack<T> weight[kPacks], dweight[kPacks], dbias[kPacks];
-  dy.each([&](int i, int64_t j, auto) { weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1); });
+  dy.each([&](int i, int64_t j, auto) { weight[i] = w[j]; });
   for (int64_t row = begin; row < end; ++row) {
     RowCoefficients<T> c(a.mean[row], a.rstd[row]);
     dy.load(a.dy[row]);
@@ -145,8 +157,9 @@ NORMOPS_KERNEL short_row_backward(const RowBackward<T>& a, int64_t begin, int64_
   });
 }
 
-template <typename T, bool kWeight>
-RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
+template <typename T>
+NORMOPS_INLINE RowCoefficients<T> row_coefficients(const RowBackward<T>& a, const RowParameter<T>& weight,
+                                                   int64_t row) {
   RowCoefficients<T> c(a.mean[row], a.rstd[row]);
   if (a.dx.data == nullptr) return c;
   const T* dy = a.dy[row];
@@ -156,8 +169,7 @@ RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
     const auto [first, second] =
         sum_along<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, Pack<T>* sums) {
           const int64_t j = from + i;
-          Pack<T> g = Pack<T>::load(dy + j, lanes);
-          if constexpr (kWeight) g = g * Pack<T>::load_packed(a.weight + j);
+          const Pack<T> g = Pack<T>::load(dy + j, lanes) * weight[j];
           sums[0] = sums[0] + g;
           sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - c.center, sums[1]);
         });
@@ -168,18 +180,19 @@ RowCoefficients<T> row_coefficients(const RowBackward<T>& a, int64_t row) {
   return c;
 }
 
-constexpr int kRows = 4;
+constexpr int kRows = NORMOPS_PLAIN ? 1 : 4;
 
-template <typename T, bool kDx, bool kWeight, bool kParams>
+template <typename T, bool kDx, bool kParams>
 NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  const RowParameter<T> weight(a.weight, 1);
   const auto rows = [&](int64_t first, auto count) {
     RowCoefficients<T> c[count];
-    for (int r = 0; r < count; ++r) c[r] = row_coefficients<T, kWeight>(a, first + r);
+    for (int r = 0; r < count; ++r) c[r] = row_coefficients<T>(a, weight, first + r);
     // Rows that no cache would hold until their turn are not asked for.
     const int64_t next = a.length * int64_t(sizeof(T)) <= 128 * 1024 ? std::min(first + count, end - count) : first;
     sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
-      Pack<T> weight, dweight, dbias;
-      if constexpr (kWeight && kDx) weight = Pack<T>::load_packed(a.weight + j);
+      Pack<T> w, dweight, dbias;
+      if constexpr (kDx) w = weight[j];
       if constexpr (kParams) {
         dweight = Pack<T>::load_packed(a.dweight + j);
         dbias = Pack<T>::load_packed(a.dbias + j);
@@ -194,8 +207,7 @@ NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end)
           dbias = dbias + g;
         }
         if constexpr (kDx) {
-          const Pack<T> scaled = kWeight ? g * weight : g;
-          fmadd(scaled, c[r].rstd, fmadd(d, c[r].slope, c[r].shift)).store(a.dx[first + r] + j, lanes);
+          fmadd(g * w, c[r].rstd, fmadd(d, c[r].slope, c[r].shift)).store(a.dx[first + r] + j, lanes);
         }
       });
       if constexpr (kParams) {
@@ -211,15 +223,9 @@ NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end)
 
 template <typename T>
 void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
-  const bool done = if_short<T>(a.length, [&](auto packs) {
-    a.centered ? short_row_forward<T, packs, true>(a, begin, end) : short_row_forward<T, packs, false>(a, begin, end);
-  });
-  if (done) return;
-  const auto run = a.weight && a.bias ? row_forward<T, true, true>
-                   : a.weight         ? row_forward<T, true, false>
-                   : a.bias           ? row_forward<T, false, true>
-                                      : row_forward<T, false, false>;
-  run(a, begin, end);
+  if (!if_short<T>(a.length, [&](auto packs) { short_row_forward<T, packs>(a, begin, end); })) {
+    row_forward<T>(a, begin, end);
+  }
 }
 
 template <typename T>
@@ -227,9 +233,9 @@ void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   if (if_short<T>(a.length, [&](auto packs) { short_row_backward<T, packs>(a, begin, end); })) return;
   const bool dx = a.dx.data != nullptr;
   const bool params = a.dweight != nullptr;
-  const auto run = dx && params ? (a.weight ? row_backward<T, true, true, true> : row_backward<T, true, false, true>)
-                   : dx         ? (a.weight ? row_backward<T, true, true, false> : row_backward<T, true, false, false>)
-                                : row_backward<T, false, false, true>;
+  const auto run = dx && params ? row_backward<T, true, true>
+                   : dx         ? row_backward<T, true, false>
+                                : row_backward<T, false, true>;
   run(a, begin, end);
 }
 

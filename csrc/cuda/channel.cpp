@@ -3,6 +3,9 @@
 #include "channel.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "glue.h"
 

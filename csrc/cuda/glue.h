@@ -3,6 +3,7 @@
 // What the engines' glue shares. Nothing here knows that the device is CUDA: the test suite registers the same
 // functions for CPU tensors, over kernels that run in an emulator.
 
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>

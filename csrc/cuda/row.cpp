@@ -3,6 +3,7 @@
 #include "row.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/zeros.h>
 
 #include "glue.h"
 

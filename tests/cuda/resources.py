@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every CUDA kernel, as ptxas reported them when they were built.
 
-``python tests/cuda/resources.py build/cuda/temp`` compares them with the table beside this file and fails if a kernel
+``python tests/cuda/resources.py build`` compares them with the table beside this file and fails if a kernel
 spills more than it says; ``--update`` writes the table anew.
 """
 
@@ -58,12 +58,13 @@ def read():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("build", type=Path, help="the folder of the build")
+    parser.add_argument("build", type=Path, help="the folder of all builds: the latest is taken")
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} anew")
     arguments = parser.parse_args()
-    found = resources(sorted(arguments.build.glob("**/*.ptxas")))
-    if not found:
+    folders = sorted(arguments.build.glob("*/cuda"), key=lambda folder: folder.stat().st_mtime)
+    if not folders:
         sys.exit(f"no kernels were built in {arguments.build}")
+    found = resources(sorted(folders[-1].glob("*.ptxas")))
     if arguments.update:
         write(found)
     known = read()

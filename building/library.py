@@ -1,0 +1,91 @@
+"""How the sources in csrc become objects: what is compiled together, and with which flags."""
+
+import os
+import shlex
+
+import torch
+
+from building.compiler import STANDARD
+from building.ninja import Ninja, write
+
+# OpenMP: at::parallel_for is serial without it. No -march=native and no
+# -ffast-math: a wheel runs on other machines, and the sums rely on rounding. A header of torch for each operator, as
+# all of them together take longer to read than the rest to compile.
+FLAGS = ["-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-DNDEBUG"]
+FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
+
+# -O3: g++ does not vectorise at -O2. A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
+KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+KERNELS = ["cpu/channel_kernels.cpp", "cpu/row_kernels.cpp"]  # compiled once for each instruction set
+
+_AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
+X86 = {
+    "DEFAULT": [],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": _AVX512,
+    "AVX512_BF16": [*_AVX512, "-mavx512bf16"],  # the bfloat16 kernels alone; beside AVX512
+}
+
+
+def instruction_sets(compiler):
+    """The sets to compile the kernels for, with their flags; the library picks one when it is loaded.
+
+    NORMOPS_INSTRUCTION_SETS names some of them, or is "native": the one that torch takes on this machine."""
+    known = X86 if compiler.is_x86 else {"DEFAULT": []}
+    wanted = os.environ.get("NORMOPS_INSTRUCTION_SETS", "").upper().split() or list(known)
+    if wanted == ["NATIVE"]:
+        capability = torch.backends.cpu.get_cpu_capability()
+        wanted = [name for name in known if name.startswith(capability)] or ["DEFAULT"]
+    if "AVX512_BF16" in wanted:
+        wanted.append("AVX512")  # which has everything but bfloat16
+    if not set(wanted) <= set(known):
+        raise SystemExit(f"NORMOPS_INSTRUCTION_SETS: expected some of {' '.join(known)}, got {' '.join(wanted)}")
+    return {name: flags for name, flags in known.items() if name in wanted}
+
+
+def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
+    """Compiles what is out of date; the paths of all objects. ``defines`` is what module.cpp reports."""
+    ninja = Ninja(folder)
+    environment = shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))
+    # g++ collects its garbage less often: a twentieth of the time, and still below 1.5 GB.
+    patience = [] if compiler.is_clang else ["--param=ggc-min-expand=100", "--param=ggc-min-heapsize=393216"]
+    common = [
+        STANDARD,
+        *patience,
+        *compiler.openmp,
+        *FLAGS,
+        *(f"-isystem{path}" for path in include_dirs),
+        *environment,
+    ]
+    command = shlex.join([*compiler.command, *common]).replace("$", "$$")
+    ninja.rule("cxx", f"{command} $flags -MD -MF $out.d -c $in -o $out", "$what")
+
+    def compile_one(target, source, *flags):
+        return ninja.make(target, "cxx", source, flags=shlex.join(flags).replace("$", "$$"), what=f"compile {target}")
+
+    objects = []
+    for name, flags in sets.items():
+        which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
+        for kernel in reversed(KERNELS):
+            source = csrc / kernel
+            objects.append(compile_one(f"{name}/{source.stem}.o", source, *KERNEL_FLAGS, *flags, *which))
+    built = [f"-DNORMOPS_BUILT_{name}" for name in sets]
+    for unit, sources in _units(csrc, cuda is not None).items():
+        text = "".join(f'#include "{source}"\n' for source in sources)
+        write(folder / f"{unit}.cpp", text)
+        objects.append(compile_one(f"{unit}.o", folder / f"{unit}.cpp", *(built if unit == "cpu" else [])))
+    objects.append(compile_one("module.o", csrc / "module.cpp", *defines))
+    if cuda:
+        objects += cuda.compile(ninja, sorted(csrc.glob("cuda/*.cu")))
+    ninja.run()
+    return objects
+
+
+def _units(csrc, cuda):
+    """The files of a folder that call torch are compiled together: its headers take longer to read than the files."""
+    units = {}
+    for source in sorted(csrc.rglob("*.cpp")):
+        path = source.relative_to(csrc)
+        if str(path) not in (*KERNELS, "module.cpp") and (cuda or path.parts[0] != "cuda"):
+            units.setdefault(path.parts[0] if len(path.parts) > 1 else "common", []).append(source)
+    return units

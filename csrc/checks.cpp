@@ -22,6 +22,22 @@ void check_parameter(const char* op, const char* name, const OptionalTensor& ten
               "), got ", tensor->device());
 }
 
+void check_channels(const char* op, const at::Tensor& input, std::initializer_list<NamedParameter> parameters,
+                    const char* layer_argument) {
+  c10::SymInt expected = 0;
+  int64_t given = 0;
+  std::string names;
+  for (const auto& [name, tensor] : parameters) {
+    if (!defined(tensor)) continue;
+    const auto shape = tensor->sym_sizes();
+    if (shape.size() != 1 || shape[0] == input.sym_size(1) || (given > 0 && shape[0] != expected)) return;
+    expected = shape[0];
+    names += (given++ > 0 ? ", " : "") + std::string(name);
+  }
+  TORCH_CHECK(given < 2, op, ": expected input with ", expected, " channels (", layer_argument, "; the size of ", names,
+              "), got input of shape ", input.sym_sizes());
+}
+
 void check_running_stats(const char* op, const OptionalTensor& mean, const OptionalTensor& var,
                          const at::Tensor& input) {
   TORCH_CHECK_VALUE(defined(mean) == defined(var), op,

@@ -14,6 +14,17 @@ void check_input(const char* op, const at::Tensor& input);
 void check_parameter(const char* op, const char* name, const OptionalTensor& tensor, const at::Tensor& input,
                      c10::SymIntArrayRef shape, const char* meaning);
 
+struct NamedParameter {
+  const char* name;
+  const OptionalTensor& tensor;
+};
+
+// Where several parameters agree with each other and not with the input, it is the input that is wrong: the message
+// says so, and names the argument of the layer that gave them their size. Other disagreements are left to
+// check_parameter.
+void check_channels(const char* op, const at::Tensor& input, std::initializer_list<NamedParameter> parameters,
+                    const char* layer_argument);
+
 // Running statistics: both or neither, of shape (C), not differentiable.
 void check_running_stats(const char* op, const OptionalTensor& mean, const OptionalTensor& var,
                          const at::Tensor& input);

@@ -77,6 +77,12 @@ at::Tensor as_rows(const at::Tensor& input, int64_t rows, int64_t length) {
   return length > 1 && matrix.stride(1) != 1 ? matrix.contiguous() : matrix;
 }
 
+at::Tensor in_format_of(const at::Tensor& like, const at::Tensor& rows) {
+  const at::MemoryFormat format = like.suggest_memory_format();
+  if (!rows.defined() || format == at::MemoryFormat::Contiguous) return rows;
+  return at::empty_like(rows, format).copy_(rows);
+}
+
 at::DimVector channel_statistics_shape(const at::Tensor& input, int64_t num_groups, bool over_batch) {
   if (over_batch) return {num_groups};
   return {input.size(0), num_groups};

@@ -42,6 +42,9 @@ at::DimVector row_statistics_shape(const at::Tensor& input, int64_t normalized_n
 // The matrix of rows, elements adjacent; a copy only where strides do not allow a view.
 at::Tensor as_rows(const at::Tensor& input, int64_t rows, int64_t length);
 
+// What the row engine has written, a contiguous tensor, in the memory format that `like` suggests.
+at::Tensor in_format_of(const at::Tensor& like, const at::Tensor& rows);
+
 // Shape of the statistics of a channel layer: (num_groups) over the batch, (N, num_groups) per sample.
 at::DimVector channel_statistics_shape(const at::Tensor& input, int64_t num_groups, bool over_batch);
 

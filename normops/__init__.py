@@ -9,18 +9,54 @@ from normops import functional, modules
 from normops._ops import BUILD_INFO
 from normops.acceleration import accelerate
 from normops.compilation import set_compile_mode
-from normops.conversion import convert, revert
-from normops.modules import *  # noqa: F403
+from normops.conversion import convert, revert, summary
+from normops.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    LayerNorm2d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+    RMSNorm,
+    SyncBatchNorm,
+)
 from normops.registry import register_conversion
 
-__version__ = BUILD_INFO["version"]
+__version__: str = BUILD_INFO["version"]
 
 __all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LayerNorm2d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "RMSNorm",
+    "SyncBatchNorm",
     "accelerate",
     "convert",
     "functional",
+    "modules",
     "register_conversion",
     "revert",
     "set_compile_mode",
-    *modules.__all__,
+    "summary",
 ]

@@ -1,9 +1,12 @@
 """Loads the compiled library, which registers the operators, and says what they return without computing it."""
 
+from types import ModuleType
+from typing import Any
+
 import torch
 
 
-def _load():
+def _load() -> ModuleType:
     how = (
         f"It has to be built for the installed torch ({torch.__version__}): run pip install --no-build-isolation . "
         "in the source tree."
@@ -20,7 +23,7 @@ def _load():
 
 
 _C = _load()
-BUILD_INFO = _C.build_info()
+BUILD_INFO: dict[str, Any] = _C.build_info()
 
 
 def _acc_dtype(input):
@@ -28,7 +31,7 @@ def _acc_dtype(input):
 
 
 def _dense_like(input):
-    """Channel layers return, as torch's do, a dense tensor in the memory format the input suggests."""
+    """Layers return, as torch's do, a dense tensor in the memory format the input suggests."""
     return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
 
 
@@ -39,7 +42,8 @@ def _masked(output_mask, *makers):
 @torch.library.register_fake("normops::_row_norm")
 def _(input, normalized_ndim, weight, bias, eps, centered):
     statistics = [*input.shape[: input.dim() - normalized_ndim], *[1] * normalized_ndim]
-    output = input.new_empty(input.shape)
+    # LayerNorm is always contiguous, as torch's.
+    output = input.new_empty(input.shape) if centered else _dense_like(input)
     return output, *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
 
 
@@ -48,7 +52,10 @@ def _(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, ou
     def parameter():
         return input.new_empty(input.shape[input.dim() - normalized_ndim :], dtype=_acc_dtype(input))
 
-    return _masked(output_mask, lambda: input.new_empty(input.shape), parameter, parameter)
+    def grad_input():
+        return input.new_empty(input.shape) if centered else _dense_like(grad_output)
+
+    return _masked(output_mask, grad_input, parameter, parameter)
 
 
 @torch.library.register_fake("normops::_channel_norm")

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from typing import overload
 
 from normops._ops import _C
 
@@ -15,11 +16,15 @@ class _Acceleration(contextlib.ContextDecorator):
     def __enter__(self) -> None:
         _C.accelerate(True)
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         _C.accelerate(False)
 
 
-def accelerate(enabled: bool | None = None):
+@overload
+def accelerate(enabled: None = None) -> _Acceleration: ...
+@overload
+def accelerate(enabled: bool) -> None: ...
+def accelerate(enabled: bool | None = None) -> _Acceleration | None:
     """Puts the kernels of normops behind torch's own operators, so that unchanged code runs on them.
 
     For the length of a block, or as the decorator of a function::

@@ -1,5 +1,7 @@
 """What torch.compile and torch.export make of the layers: calls of the kernels, or operations the compiler can fuse."""
 
+from typing import Any, Literal
+
 import torch
 
 __all__ = ["set_compile_mode"]
@@ -29,7 +31,7 @@ class set_compile_mode:
         ValueError: another mode.
     """
 
-    def __init__(self, mode: str):
+    def __init__(self, mode: Literal["kernel", "decompose"]) -> None:
         if mode not in _MODES:
             raise ValueError(f"expected mode to be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
         self._mode, self._before = mode, current
@@ -38,7 +40,7 @@ class set_compile_mode:
     def __enter__(self) -> None:
         _set(self._mode)
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         _set(self._before)
 
 
@@ -47,7 +49,7 @@ def _set(mode: str) -> None:
     current = mode
 
 
-def decomposed(name: str, input: torch.Tensor, *args) -> torch.Tensor:
+def decomposed(name: str, input: torch.Tensor, *args: Any) -> torch.Tensor:
     """``torch.nn.functional.<name>`` for the dtypes that normops takes: all in the type of the arithmetic."""
     arithmetic = torch.promote_types(input.dtype, torch.float32)
     converted = [arg.to(arithmetic) if isinstance(arg, torch.Tensor) else arg for arg in args]

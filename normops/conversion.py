@@ -1,27 +1,52 @@
-"""Turns the normalization layers of a model into normops layers, and back."""
+"""Turns the normalization layers of a model into normops layers, and back, and says which are."""
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from normops import lookalikes, modules, registry  # noqa: F401  (lookalikes fills the registry)
+from normops.modules._dropin import DropIn
+from normops.report import Layer, Summary
 
-__all__ = ["convert", "revert"]
+__all__ = ["convert", "revert", "summary"]
 
-_TO_NORMOPS = {getattr(torch.nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(torch.nn, name)}
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+_Class = type[torch.nn.Module]
+
+_TO_NORMOPS: dict[_Class, _Class] = {
+    getattr(torch.nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(torch.nn, name)
+}
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_NORMOPS.items()}
+# Torch's own layers and the bases of the others.
+_NORMS = (
+    *_TO_NORMOPS,
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.LocalResponseNorm,
+    torch.nn.CrossMapLRN2d,
+)
 
 
-def _exchange(model, replacement):
+def _check_is_module(model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _exchange(model: torch.nn.Module, replacement: Callable[[torch.nn.Module], _Class | None]) -> None:
+    _check_is_module(model)
     # All are found before the first is changed: an error leaves the model as it was.
     classes = [(module, replacement(module)) for module in model.modules()]
     for module, cls in classes:
         if cls is not None:
             module.__class__ = cls
-    return model
 
 
-def convert(model: torch.nn.Module) -> torch.nn.Module:
+def _drop_in(module: torch.nn.Module) -> _Class | None:
+    return _TO_NORMOPS.get(type(module)) or registry.replacement_class(module)
+
+
+def convert(model: _Model, *, verbose: bool = False) -> _Model:
     """Makes every layer of ``model`` that normops has a drop-in for use the kernels of normops.
 
     The modules stay the same objects: only their class changes. Parameters, buffers, hooks, names, the training flag
@@ -34,14 +59,27 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
 
     Returns ``model``. Undo with :func:`revert`.
 
+    Args:
+        model: the model, which is changed in place.
+        verbose: print the :func:`summary` of the converted model.
+
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: a layer does not compute what was registered for its class; the model is left as it was.
+
+    Warns if there is no normalization layer in ``model`` at all.
     """
-    return _exchange(model, lambda module: _TO_NORMOPS.get(type(module)) or registry.replacement_class(module))
+    _exchange(model, _drop_in)
+    if not any(map(_is_norm, model.modules())):
+        warnings.warn(
+            f"convert: expected a model with normalization layers, found none in {type(model).__name__}", stacklevel=2
+        )
+    if verbose:
+        print(summary(model))
+    return model
 
 
-def revert(model: torch.nn.Module) -> torch.nn.Module:
+def revert(model: _Model) -> _Model:
     """Undoes :func:`convert`: every normops layer of ``model`` becomes the layer it stands for.
 
     Returns ``model``.
@@ -49,4 +87,55 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
     """
-    return _exchange(model, lambda module: _TO_TORCH.get(type(module)) or registry.original_class(type(module)))
+    _exchange(model, lambda module: _TO_TORCH.get(type(module)) or registry.original_class(type(module)))
+    return model
+
+
+def summary(model: torch.nn.Module) -> Summary:
+    """Says which normalization layers of ``model`` run on normops, which do not, and why.
+
+    Normalization layers are those of torch and of normops, their subclasses, those of registered classes, and modules
+    without submodules that have ``Norm`` in the name of their class. ::
+
+        >>> print(normops.summary(model))
+        Net: 21 of 22 normalization layers run on normops
+          converted  20 x normops.BatchNorm2d: stem.1, body.0.bn1, body.0.bn2, ..., body.9.bn2
+          converted  1 x normops.LayerNorm: head.norm
+          left       1 x net.FrozenBatchNorm2d: neck.norm (not known to normops: see normops.register_conversion)
+
+    Returns a :class:`normops.report.Summary`, which can be printed and iterated over: each
+    :class:`normops.report.Layer` has ``name``, ``cls`` and ``why_left``. Nothing is converted by this.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+    """
+    _check_is_module(model)
+    layers = [Layer(name, type(m), _why_left(m)) for name, m in model.named_modules() if _is_norm(m)]
+    return Summary(type(model).__name__, tuple(layers))
+
+
+def _is_converted(module: torch.nn.Module) -> bool:
+    return isinstance(module, DropIn) or registry.original_class(type(module)) is not None
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    if _is_converted(module) or isinstance(module, _NORMS) or registry.is_known(type(module)):
+        return True
+    cls = type(module)
+    # A container is not a layer, and torch's weight norm not a normalization of activations.
+    return "Norm" in cls.__name__ and not module._modules and not cls.__module__.startswith("torch.nn.utils.")
+
+
+def _why_left(module: torch.nn.Module) -> str:
+    if _is_converted(module):
+        return ""
+    try:
+        if _drop_in(module) is not None:
+            return "normops.convert has not been called on it"
+    except ValueError:
+        pass  # a forward that does not fit, of which the registry says more
+    if registry.is_known(type(module)):
+        return registry.why_left(module)
+    if isinstance(module, tuple(_TO_NORMOPS)):
+        return "a subclass, which may compute something else: see normops.register_conversion"
+    return "not known to normops: see normops.register_conversion"

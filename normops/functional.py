@@ -18,7 +18,9 @@ Errors are of the types that torch raises: ``NotImplementedError`` for an input 
 and ``RuntimeError`` for shapes, parameters and devices that do not fit.
 """
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +37,31 @@ _layer_norm = torch.ops.normops.layer_norm.default
 _rms_norm = torch.ops.normops.rms_norm.default
 
 
-def _call(op, *args):
+def _call(op: Any, *args: Any) -> Any:
     if compilation.current == "decompose" and torch.compiler.is_compiling():
         return compilation.decomposed(op._opname, *args)
     try:
         return op(*args)
     except RuntimeError as error:
-        # Torch's own functions raise TypeError for an argument of the wrong type.
-        if "Expected a value of type" in str(error):
-            raise TypeError(str(error)) from None
+        if wrong := _WRONG_TYPE.search(str(error)):
+            raise TypeError(_type_message(op, args, *wrong.groups())) from None
         raise
 
 
-def _check_is_shape(op, normalized_shape):
+# Torch's own functions raise TypeError for an argument of the wrong type, and in one line.
+_WRONG_TYPE = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)'")
+
+
+def _type_message(op: Any, args: tuple[Any, ...], wanted: str, name: str) -> str:
+    value = args[[argument.name for argument in op._schema.arguments].index(name)]
+    got = type(value).__name__
+    if isinstance(value, (tuple, list)):
+        got += " of " + (", ".join(sorted({type(item).__name__ for item in value})) or "nothing")
+    wanted = re.sub(r"Optional\[(.+)\]", r"\1 or None", wanted).replace("List[int]", "tuple of ints")
+    return f"{op._opname}: expected {name} of type {wanted}, got {got}"
+
+
+def _check_is_shape(op: str, normalized_shape: object) -> None:
     """The operators take anything that can be iterated; torch's functions take tuples and lists."""
     if not has_torch_function((normalized_shape,)):
         raise TypeError(
@@ -186,7 +200,8 @@ def rms_norm(
     Zhang and Sennrich, `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`__, 2019.
 
     Args:
-        input: shape :math:`(*, \text{normalized\_shape})`. The result is contiguous.
+        input: shape :math:`(*, \text{normalized\_shape})`. The result has its shape, and its memory format if that is
+            channels_last.
         normalized_shape: the trailing dimensions of ``input``.
         weight: shape ``normalized_shape``, or ``None``.
         eps: added to the mean square; ``None`` is the machine epsilon of float32 (of float64 for float64), as in torch.

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from normops.modules._dropin import printed
+
 __all__ = ["register_conversion"]
 
 _INTERNAL = frozenset(torch.nn.Module().__dict__)
@@ -98,6 +100,11 @@ def original_class(cls: type) -> type | None:
     return cls.__dict__.get("_normops_original")
 
 
+def is_known(cls: type) -> bool:
+    """Whether there is an entry for a class."""
+    return any(entry.matches(cls) for entry in _entries)
+
+
 def replacement_class(module: torch.nn.Module) -> type | None:
     """The class that ``convert`` gives a module by an entry that matches and fits, or None."""
     cls = type(module)
@@ -130,6 +137,7 @@ def _class_for(cls, forward):
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__reduce_ex__": _reduce,
+            "__repr__": lambda self: printed(cls.__repr__(self)),
             "_normops_original": cls,
             "_normops_forward": staticmethod(forward),
         }

@@ -1,9 +1,16 @@
+import os
+
 import pytest
 import torch
 from devices import DEVICES
 from emulator import backend
 
 from normops._ops import _C, BUILD_INFO
+
+# What was compiled for an earlier version of the library is not looked up: read when the compiler is first imported.
+os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+# What torch warns of once, it warns of every time: or tests would pass only behind another that has used it up.
+torch.set_warn_always(True)
 
 
 def pytest_report_header():

@@ -68,7 +68,10 @@ class UNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.down = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
-        self.middle = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.SiLU())
+        # No bias, which InstanceNorm would take away again: its gradient would be rounding errors, and nothing else.
+        self.middle = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.InstanceNorm2d(8, affine=True), nn.SiLU()
+        )
         self.up = nn.ConvTranspose2d(16, 3, 2, stride=2)
 
     def forward(self, x):
@@ -83,7 +86,7 @@ IMAGE = (4, 3, 16, 16)
 def every_layer():
     """One of each kind, one after the other, for images of 8 by 8."""
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False),  # a bias before BatchNorm would have no gradient but rounding errors
+        nn.Conv2d(3, 6, 3, bias=False),  # as in UNet
         nn.BatchNorm2d(6),
         nn.SiLU(),  # which leaves no rows of zeros to the layers that follow
         nn.GroupNorm(2, 6),

@@ -14,6 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normops
 
+# What torch's rms_norm says of a float32 weight.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+
 HALVES = [torch.bfloat16, torch.float16]
 each_half = pytest.mark.parametrize("half", HALVES, ids=str)
 
@@ -36,7 +39,6 @@ def autocast(device, dtype):
         torch.clear_autocast_cache()
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of torch's rms_norm
 @each_half
 @pytest.mark.parametrize("parameters", ["like the input", "float32"])
 @each_dtype

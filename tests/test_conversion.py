@@ -126,7 +126,7 @@ def test_lazy_reverted_before_it_is_used(case):
     assert type(layer) is getattr(nn, case.name.removeprefix("Lazy"))
 
 
-@pytest.mark.parametrize("function", [normops.convert, normops.revert])
+@pytest.mark.parametrize("function", [normops.convert, normops.revert, normops.summary])
 @pytest.mark.parametrize(
     "what", [None, 1, nn.LayerNorm, [nn.LayerNorm(4)], torch.zeros(1)], ids=["None", "int", "class", "list", "Tensor"]
 )
@@ -164,3 +164,70 @@ def test_transformer():
     normops.convert(model)
     assert type(model.norm1) is normops.LayerNorm
     torch.testing.assert_close((model.train()(x), model.eval()(x)), expected)
+
+
+# What there is to know of it.
+
+
+def test_summary():
+    class Own(nn.LayerNorm):
+        pass
+
+    model = convolutional().extend([Own(16), nn.LocalResponseNorm(2)])
+    before = normops.summary(model)
+    assert [layer.name for layer in before] == ["1", "3.1", "3.2", "5", "6", "7", "8"]
+    assert not before.converted and before.left == before.layers
+    assert {layer.why_left for layer in before.layers[:5]} == {"normops.convert has not been called on it"}
+    assert all(type(module).__module__.startswith("torch.nn.") for module in norms(model)[:5])  # it converts nothing
+    after = normops.summary(normops.convert(model))
+    assert [layer.name for layer in after] == [layer.name for layer in before]
+    assert [layer.class_name for layer in after.converted] == [
+        "normops.BatchNorm2d",
+        "normops.GroupNorm",
+        "normops.InstanceNorm2d",
+        "normops.LayerNorm",
+        "normops.RMSNorm",
+    ]
+    own, other = after.left
+    assert own.cls is Own and own.why_left.startswith("a subclass, which may compute something else")
+    assert other.class_name == "torch.nn.LocalResponseNorm" and other.why_left.startswith("not known to normops")
+
+
+def test_summary_in_words():
+    layers = [nn.BatchNorm2d(4) for _ in range(6)]
+    model = normops.convert(nn.Sequential(*layers, nn.LocalResponseNorm(2)))
+    assert str(normops.summary(model)) == repr(normops.summary(model))
+    assert str(normops.summary(model)).splitlines() == [
+        "Sequential: 6 of 7 normalization layers run on normops",
+        "  converted  6 x normops.BatchNorm2d: 0, 1, 2, ..., 5",
+        "  left       1 x torch.nn.LocalResponseNorm: 6 (not known to normops: see normops.register_conversion)",
+    ]
+    assert "1 x normops.BatchNorm2d: the model itself" in str(normops.summary(layers[0]))
+
+
+def test_what_is_no_normalization_layer():
+    """Containers named after one, weight norm, and everything else."""
+
+    class PreNorm(nn.Sequential):
+        pass
+
+    model = PreNorm(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
+    assert len(normops.summary(model)) == 0
+    assert str(normops.summary(model)) == "PreNorm: 0 of 0 normalization layers run on normops"
+
+
+def test_verbose(capsys):
+    model = normops.convert(convolutional())
+    assert capsys.readouterr().out == ""
+    assert normops.convert(model, verbose=True) is model
+    assert capsys.readouterr().out == f"{normops.summary(model)}\n"
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.Sequential()], ids=["layer", "empty"])
+def test_nothing_to_convert(model):
+    with pytest.warns(
+        UserWarning, match=f"convert: expected a model .* found none in {type(model).__name__}"
+    ) as caught:
+        assert normops.convert(model) is model
+    assert caught[0].filename == __file__
+    normops.revert(model)  # which has nothing to say

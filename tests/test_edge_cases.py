@@ -44,6 +44,24 @@ def test_no_channels(device):
         assert output.shape == x.shape
 
 
+@pytest.mark.parametrize("parameters", ["absent", "given"])
+@pytest.mark.parametrize("statistics", [None, 0, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_of_nothing(training, statistics, parameters, device):
+    """Torch takes one dimension without elements with any statistics or none, and moves none of them."""
+    running = [None, None] if statistics is None else [torch.full((statistics,), 7.0, device=device) for _ in range(2)]
+    results = []
+    for function in (torch.nn.functional.batch_norm, F.batch_norm):
+        names = ["weight", "bias"] if parameters == "given" else []
+        leaves = {name: torch.ones(3, dtype=torch.float64, device=device, requires_grad=True) for name in names}
+        x = torch.empty(0, dtype=torch.float16, device=device, requires_grad=True)
+        output = function(x, *running, **leaves, training=training)
+        assert output is not x and output.dtype == torch.float16
+        results.append([output, *torch.autograd.grad(output.sum(), [x, *leaves.values()])])
+    torch.testing.assert_close(*results)
+    assert all(statistic is None or statistic.eq(7).all() for statistic in running)
+
+
 @pytest.mark.parametrize("shape", [(1, 6, 5, 7), (4, 1, 5, 7), (4, 6, 1, 1), (4, 6, 5, 1), (1, 1, 1, 1)], ids=str)
 @each_memory_format
 @each_case

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import normops
 import normops.functional as F
 
 OPS = torch.ops.normops
@@ -42,8 +43,33 @@ TABLE = [
         bad(op, "sparse", {"input": X.to_sparse()}, "input with strided layout", "Sparse", error=NotImplementedError)
         for op in RIGHT
     ),
-    *(bad(op, "array", {"input": [1.0]}, "'input'", "Tensor", "list", error=TypeError) for op in RIGHT),
-    *(bad(op, "number as eps", {"eps": "1"}, "'eps'", "float", "str", error=TypeError) for op in RIGHT),
+    *(bad(op, "array", {"input": [1.0]}, "input of type Tensor, got list of float", error=TypeError) for op in RIGHT),
+    *(bad(op, "string as eps", {"eps": "1"}, "eps of type float", "got str", error=TypeError) for op in RIGHT),
+    *(
+        bad(op, "nothing as eps", {"eps": None}, "eps of type float, got NoneType", error=TypeError)
+        for op in [*CHANNEL_OPS, "layer_norm"]
+    ),
+    *(
+        bad(op, "string as momentum", {"momentum": "1"}, "momentum of type float, got str", error=TypeError)
+        for op in CHANNEL_OPS[:2]
+    ),
+    *(
+        bad(op, f"string as {flag}", {flag: "yes"}, f"{flag} of type bool, got str", error=TypeError)
+        for op, flag in (("batch_norm", "training"), ("instance_norm", "use_input_stats"))
+    ),
+    *(bad(op, "number as weight", {"weight": 1.0}, "weight of type Tensor or None, got float") for op in RIGHT),
+    bad("group_norm", "float as num_groups", {"num_groups": 3.0}, "num_groups of type int, got float"),
+    *(
+        bad(
+            op,
+            f"channels of input, {' and '.join(names)}",
+            dict.fromkeys(names, FIVE),
+            f"input with 5 channels ({argument}; the size of {', '.join(names)}), got input of shape [4, 6, 5]",
+        )
+        for op, argument in zip(CHANNEL_OPS, ["num_features", "num_features", "num_channels"], strict=True)
+        for names in (["weight", "bias"], ["running_mean", "running_var"], ["weight", "bias", *STATS])
+        if op != "group_norm" or names == ["weight", "bias"]
+    ),
     *(bad(op, "weight shape", {"weight": FIVE}, "weight of shape [6]", "channels", "got [5]") for op in CHANNEL_OPS),
     *(bad(op, "bias shape", {"bias": FIVE}, "bias of shape [6]", "channels", "got [5]") for op in CHANNEL_OPS),
     *(bad(op, "weight shape", {"weight": SIX}, "weight of shape [5]", "normalized_shape", "got [6]") for op in ROW_OPS),
@@ -98,7 +124,10 @@ TABLE = [
         for op in ROW_OPS
         for shape in (5, torch.tensor([5]), range(5, 6), iter([5]))
     ),
-    *(bad(op, "floats as shape", {"normalized_shape": (5.0,)}, "normalized_shape", "float") for op in ROW_OPS),
+    *(
+        bad(op, "floats as shape", {"normalized_shape": (5.0,)}, "normalized_shape of type tuple of ints", "of float")
+        for op in ROW_OPS
+    ),
     # batch_norm
     bad("batch_norm", "evaluation", {"training": False}, "running_mean and running_var in evaluation", "got None"),
     bad("batch_norm", "one value", {"input": X[:1, :, :1]}, "more than 1 value per channel", "shape [1, 6, 1]"),
@@ -161,6 +190,14 @@ def test_bad_arguments(op, kwargs, told, error):
 def test_right_arguments(op):
     """The calls that the table spoils are right themselves."""
     getattr(F, op)(X, **RIGHT[op])
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+def test_wrong_number_of_features(options):
+    """Said of the input, in the words of the layer's constructor."""
+    message = r"batch_norm: expected input with 8 channels \(num_features; .*\), got input of shape \[2, 4, 3, 3\]"
+    with pytest.raises(RuntimeError, match=message):
+        normops.BatchNorm2d(8, **options)(torch.randn(2, 4, 3, 3))
 
 
 def test_nothing_moves_before_the_checks():

@@ -90,7 +90,7 @@ def test_copies(duplicate):
 def test_module():
     layer = normops.LayerNorm2d(6, eps=1e-6)
     assert isinstance(layer, torch.nn.LayerNorm)
-    assert repr(layer).startswith("LayerNorm2d((6,), eps=1e-06, elementwise_affine=True")
+    assert repr(layer).startswith("normops.LayerNorm2d((6,), eps=1e-06, elementwise_affine=True")
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert layer(torch.empty(0, 6, 4, 5)).shape == (0, 6, 4, 5)
 

@@ -77,7 +77,19 @@ def test_state_dict(case):
 
 @each_module
 def test_repr(case):
-    assert repr(case.make(normops)) == repr(case.make(torch.nn))
+    """Torch's, and whose layer it is."""
+    theirs = case.make(torch.nn)
+    assert repr(case.make(normops)) == f"normops.{theirs}"
+    assert repr(torch.nn.Sequential(case.make(normops))) == repr(torch.nn.Sequential(theirs)).replace(
+        case.name, f"normops.{case.name}"
+    )
+
+
+def test_repr_of_a_subclass():
+    class Own(normops.LayerNorm):
+        pass
+
+    assert repr(Own(4)).startswith("Own((4,), eps=")
 
 
 @each_module

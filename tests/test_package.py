@@ -42,6 +42,22 @@ def test_names():
             assert getattr(module, name).__doc__, name
 
 
+def test_without_numpy():
+    """Torch warns when it is imported; normops has nothing to add."""
+    code = """
+import sys, warnings
+sys.modules["numpy"] = None
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch
+warnings.simplefilter("error")
+import normops
+normops.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3)))(torch.randn(2, 3)).sum().backward()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
 def test_tables_of_what_works():
     """Every row of README's tables names a test that is there, and has a cell for every layer."""
     section = (ROOT / "README.md").read_text().split("## What works")[1].split("\n## ")[0]

@@ -137,13 +137,27 @@ std::string too_few_dimensions(const char* op, const at::Tensor& input) {
   return c10::str(op, ": expected input with at least 2 dimensions (N, C, ...), got shape ", input.sym_sizes());
 }
 
+// Torch takes a one-dimensional input without elements, whatever it is to be normalized with, and returns another,
+// which depends on the parameters as far as autograd knows.
+at::Tensor batch_norm_of_nothing(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  at::Tensor output = input.clone();
+  for (const OptionalTensor* parameter : {&weight, &bias}) {
+    if (defined(*parameter)) output = output + (*parameter)->sum();
+  }
+  return output;
+}
+
 at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
                       double eps) {
   check_input("batch_norm", input);
+  if (input.dim() == 1 && input.sym_numel() == 0) return batch_norm_of_nothing(input, weight, bias);
   // Torch looks for the size of a dimension that is not there, unless it misses running statistics first.
   TORCH_CHECK_INDEX(input.dim() >= 2 || !training || defined(running_mean), too_few_dimensions("batch_norm", input));
   TORCH_CHECK(input.dim() >= 2, too_few_dimensions("batch_norm", input));
+  check_channels("batch_norm", input,
+                 {{"weight", weight}, {"bias", bias}, {"running_mean", running_mean}, {"running_var", running_var}},
+                 "num_features");
   check_affine("batch_norm", weight, bias, input);
   if (!training) {
     TORCH_CHECK(defined(running_mean) && defined(running_var),
@@ -167,6 +181,9 @@ at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_
   check_input("instance_norm", input);
   TORCH_CHECK_VALUE(input.dim() >= 2 || !use_input_stats, too_few_dimensions("instance_norm", input));
   TORCH_CHECK_INDEX(input.dim() >= 2, too_few_dimensions("instance_norm", input));
+  check_channels("instance_norm", input,
+                 {{"weight", weight}, {"bias", bias}, {"running_mean", running_mean}, {"running_var", running_var}},
+                 "num_features");
   check_affine("instance_norm", weight, bias, input);
   check_running_stats("instance_norm", running_mean, running_var, input);
   if (!use_input_stats) {
@@ -191,6 +208,7 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
   const c10::SymInt channels = input.sym_size(1);
   TORCH_CHECK(channels % num_groups == 0, "group_norm: expected num_groups to divide the channels of input, got ",
               num_groups, " groups and input of shape ", input.sym_sizes());
+  check_channels("group_norm", input, {{"weight", weight}, {"bias", bias}}, "num_channels");
   check_affine("group_norm", weight, bias, input);
   TORCH_CHECK_VALUE(input.sym_numel() != num_groups,
                     "group_norm: expected more than 1 value per group, got input of shape ", input.sym_sizes(), " in ",

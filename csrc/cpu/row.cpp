@@ -103,7 +103,8 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
     const auto run = kernels().of<scalar_t>().row_forward;
     parallel(rows, length, [&](int64_t begin, int64_t end) { run(args, begin, end); });
   });
-  return {output, mean, rstd};
+  // LayerNorm is always contiguous, as torch's.
+  return {centered ? output : in_format_of(input, output), mean, rstd};
 }
 
 Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
@@ -156,7 +157,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     if (output_mask[1]) dweight = sum_blocks<scalar_t>(sums, blocks, stride, shape, partial.options());
     if (output_mask[2]) dbias = sum_blocks<scalar_t>(sums + blocks * stride, blocks, stride, shape, partial.options());
   });
-  return {dx, dweight, dbias};
+  return {centered ? dx : in_format_of(grad_output, dx), dweight, dbias};
 }
 
 }  // namespace

@@ -53,11 +53,13 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   const auto statistics = input.options().dtype(at::kDouble);
   const at::Tensor output = at::empty(input.sizes(), input.options());
   const at::Tensor mean = at::empty(shape, statistics), rstd = at::empty(shape, statistics);
-  if (rows == 0) return {output, mean, rstd};
+  // LayerNorm is always contiguous, as torch's.
+  const auto results = [&] { return Tensors3{centered ? output : in_format_of(input, output), mean, rstd}; };
+  if (rows == 0) return results();
   if (length == 0) {
     mean.zero_();
     rstd.fill_(1 / std::sqrt(eps));
-    return {output, mean, rstd};
+    return results();
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm", [&] {
     RowForward<scalar_t> args{rows,
@@ -77,7 +79,7 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
     const at::Tensor scratch = bytes ? allocate(input, bytes) : at::Tensor();
     row_forward(here.device(), args, bytes ? scratch.mutable_data_ptr() : nullptr, here.stream());
   });
-  return {output, mean, rstd};
+  return results();
 }
 
 Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
@@ -102,7 +104,8 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   };
   at::Tensor dx, dweight = parameter(output_mask[1]), dbias = parameter(output_mask[2]);
   if (output_mask[0]) dx = at::empty(input.sizes(), input.options());
-  if (empty || !(output_mask[0] || output_mask[1] || output_mask[2])) return {dx, dweight, dbias};
+  const auto results = [&] { return Tensors3{centered ? dx : in_format_of(grad_output, dx), dweight, dbias}; };
+  if (empty || !(output_mask[0] || output_mask[1] || output_mask[2])) return results();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm_backward", [&] {
     RowBackward<scalar_t> args{rows,
                                length,
@@ -123,7 +126,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     const at::Tensor scratch = bytes ? allocate(input, bytes) : at::Tensor();
     row_backward(here.device(), args, bytes ? scratch.mutable_data_ptr() : nullptr, here.stream());
   });
-  return {dx, dweight, dbias};
+  return results();
 }
 
 }  // namespace

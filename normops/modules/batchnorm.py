@@ -3,15 +3,15 @@
 import torch
 
 from normops import functional as F
-from normops.modules._fx import trace
+from normops.modules._dropin import DropIn, trace
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
 
-class _BatchNormForward:
+class _BatchNormForward(DropIn, torch.nn.modules.batchnorm._BatchNorm):
     """The forward of torch's ``_BatchNorm`` on :func:`normops.functional.batch_norm`."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
             return trace(self, input)
         self._check_input_dim(input)
@@ -45,7 +45,7 @@ class _BatchNormForward:
         training: bool,
         momentum: float,
         eps: float,
-    ):
+    ) -> torch.Tensor:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 

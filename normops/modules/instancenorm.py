@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from normops import functional as F
-from normops.modules._fx import trace
+from normops.modules._dropin import DropIn, trace
 
 __all__ = [
     "InstanceNorm1d",
@@ -17,10 +17,10 @@ __all__ = [
 ]
 
 
-class _InstanceNormForward:
+class _InstanceNormForward(DropIn, torch.nn.modules.instancenorm._InstanceNorm):
     """The forward of torch's ``_InstanceNorm`` on :func:`normops.functional.instance_norm`."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
             return trace(self, input)
         self._check_input_dim(input)
@@ -36,7 +36,7 @@ class _InstanceNormForward:
             )
         return self._handle_no_batch_input(input) if unbatched else self._apply_instance_norm(input)
 
-    def _apply_instance_norm(self, input):
+    def _apply_instance_norm(self, input: torch.Tensor) -> torch.Tensor:
         return F.instance_norm(
             input,
             self.running_mean,

@@ -1,22 +1,24 @@
 """LayerNorm, LayerNorm2d, RMSNorm and GroupNorm."""
 
+from typing import Any
+
 import torch
 
 from normops import functional as F
-from normops.modules._fx import trace
+from normops.modules._dropin import DropIn, trace
 
 __all__ = ["GroupNorm", "LayerNorm", "LayerNorm2d", "RMSNorm"]
 
 
-def layer_norm_2d(input, *args):
+def layer_norm_2d(input: torch.Tensor, *args: Any) -> torch.Tensor:
     """:func:`normops.functional.layer_norm` over dimension 1."""
     return F.layer_norm(input.movedim(1, -1), *args).movedim(-1, 1)
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(DropIn, torch.nn.LayerNorm):
     """Drop-in for :class:`torch.nn.LayerNorm`; see :func:`normops.functional.layer_norm`."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
             return trace(self, input)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -47,10 +49,18 @@ class LayerNorm2d(LayerNorm):
     Liu et al., `A ConvNet for the 2020s <https://arxiv.org/abs/2201.03545>`__, 2022.
     """
 
-    def __init__(self, num_channels, eps=1e-5, elementwise_affine=True, bias=True, device=None, dtype=None):
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype)
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         if input.shape[1:2] != self.normalized_shape:
@@ -60,19 +70,19 @@ class LayerNorm2d(LayerNorm):
         return layer_norm_2d(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(DropIn, torch.nn.RMSNorm):
     """Drop-in for :class:`torch.nn.RMSNorm`; see :func:`normops.functional.rms_norm`."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
             return trace(self, x)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
-class GroupNorm(torch.nn.GroupNorm):
+class GroupNorm(DropIn, torch.nn.GroupNorm):
     """Drop-in for :class:`torch.nn.GroupNorm`; see :func:`normops.functional.group_norm`."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
             return trace(self, input)
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -4,12 +4,16 @@ The channel engine works in three stages: moments, merge, apply. Here the merge 
 collective in the forward (the moments) and one in the backward (the sums of the gradient).
 """
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 
 from normops.modules import batchnorm
 
 __all__ = ["SyncBatchNorm"]
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 _OPS = torch.ops.normops
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -178,20 +182,20 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
 
     def __init__(
         self,
-        num_features,
-        eps=1e-5,
-        momentum=0.1,
-        affine=True,
-        track_running_stats=True,
-        process_group=None,
-        device=None,
-        dtype=None,
-        **kwargs,  # bias, where torch has it
-    ):
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: bool,  # bias, where torch has it
+    ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.process_group = process_group
 
-    def _synchronizes(self):
+    def _synchronizes(self) -> bool:
         return (
             self.training
             and dist.is_available()
@@ -199,7 +203,7 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
             and dist.get_world_size(self.process_group) > 1
         )
 
-    def _check_input_dim(self, input):
+    def _check_input_dim(self, input: torch.Tensor) -> None:
         try:
             _check_input(input, self.num_features)
         except Exception:
@@ -213,7 +217,7 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
         return _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self.process_group)
 
     @classmethod
-    def convert_sync_batchnorm(cls, module, process_group=None):
+    def convert_sync_batchnorm(cls, module: _Module, process_group: dist.ProcessGroup | None = None) -> _Module:
         """Makes every BatchNorm of ``module``, torch's or normops', a :class:`SyncBatchNorm` of ``process_group``.
 
         As in :func:`normops.convert`, the modules stay the same objects and only their class changes, so parameters,
@@ -229,7 +233,7 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
         """
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
-        layers = [layer for layer in module.modules() if type(layer) in _CONVERTED]
+        layers: list[Any] = [layer for layer in module.modules() if type(layer) in _CONVERTED]
         for layer in layers:
             if isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
                 raise ValueError(

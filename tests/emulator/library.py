@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import os
 
 
 @dataclasses.dataclass
@@ -35,12 +36,14 @@ class Library:
         self.functions.normops_emulator_device.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self.functions.normops_emulator_report.restype = ctypes.c_char_p
 
-    def seed(self, seed):
-        """Sets the order in which threads and blocks run; 0 is the order of their numbers."""
+    def seed(self, seed=None):
+        """Sets the order in which threads and blocks run; 0 is that of their numbers, the default that of the start."""
+        seed = int(os.environ.get("NORMOPS_EMULATOR_SEED", 1)) if seed is None else seed
         self.functions.normops_emulator_seed(seed)
 
-    def device(self, architecture, multiprocessors=3):
-        """Sets the device whose limits hold: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120."""
+    def device(self, architecture=None, multiprocessors=3):
+        """Sets the device whose limits hold: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120; by default the first one."""
+        architecture = architecture or os.environ.get("NORMOPS_EMULATOR_ARCH", "sm_90")
         self.functions.normops_emulator_device(architecture.encode(), multiprocessors)
 
     def report(self):

@@ -24,14 +24,17 @@ RIGHT = [
 
 
 @pytest.fixture(scope="module", params=["plain", "ucontext"])
-def toys(request):
+def library(request):
     return Toys(build("toys", [SOURCE], variant=request.param))
 
 
 @pytest.fixture
-def architecture(toys):
-    yield toys.device
-    toys.device("sm_90")
+def toys(library):
+    """On an sm_90 and in the order of the start, which a test may change for itself."""
+    library.device("sm_90")
+    yield library
+    library.seed()
+    library.device()
 
 
 def line_of(code, nth=0):
@@ -265,11 +268,11 @@ def test_limits_of_a_launch(toys, toy, what):
     assert what in text and re.search(r"launched at toys\.cu:\d+", text)
 
 
-def test_limits_of_the_architecture(toys, architecture):
-    architecture("sm_80")
+def test_limits_of_the_architecture(toys):
+    toys.device("sm_80")
     assert "asks for 167936 bytes of shared memory, sm_80 has 166912" in message(toys, "ask_for_164_kib")
     assert "the cluster's size is 2, sm_80 takes 1 to 1" in message(toys, "cluster_of_two")
-    architecture("sm_90")
+    toys.device("sm_90")
     toys.run("ask_for_164_kib")
     toys.run("cluster_of_two")
     assert "asks for 233472 bytes of shared memory, sm_90 has 232448" in message(toys, "ask_for_228_kib")

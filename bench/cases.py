@@ -24,8 +24,8 @@ LAYOUTS = ["contiguous", "channels_last"]
 
 # What a run of minutes measures: layers as models have them. Of BatchNorm, the five widths of a ResNet at 160x160.
 _DEFAULT = {
-    "layer_norm": [(128, 96), (1024, 768), (12800, 96), (4096, 4096)],
-    "rms_norm": [(1, 2048), (512, 2048), (4096, 4096)],
+    "layer_norm": [(128, 96), (1024, 768), (12800, 96), (2048, 4096)],
+    "rms_norm": [(1, 2048), (512, 2048), (1024, 4096)],
     "batch_norm": [
         (8, 64, 80, 80),
         (8, 256, 40, 40),
@@ -40,14 +40,14 @@ _DEFAULT = {
 }
 # Of these, in a run of minutes, in the other dtypes too.
 _DEFAULT_SHORT = {
-    "layer_norm": [(1024, 768), (4096, 4096)],
-    "rms_norm": [(512, 2048), (4096, 4096)],
+    "layer_norm": [(1024, 768), (2048, 4096)],
+    "rms_norm": [(512, 2048)],
     "batch_norm": [(8, 64, 80, 80), (8, 1024, 10, 10)],
     "batch_norm_eval": [(8, 256, 40, 40)],
     "instance_norm": [(8, 64, 64, 64)],
     "group_norm": [(4, 128, 32, 32)],
 }
-_ROWS = [(4096, 768), (65536, 64), (8192, 1024), (2048, 1024), (32, 128), (16, 12288), (64, 1000000)]
+_ROWS = [(4096, 768), (4096, 4096), (65536, 64), (8192, 1024), (2048, 1024), (32, 128), (16, 12288), (64, 1000000)]
 _FULL = {
     "layer_norm": [*_DEFAULT["layer_norm"], *_ROWS, (4096, 1000), (4096, 17)],
     "rms_norm": [*_DEFAULT["rms_norm"], *_ROWS],

@@ -56,7 +56,7 @@ def subtitle(environment: Mapping[str, str]) -> str:
     return f"{where}, torch {torch_version}, {environment['date']}"
 
 
-def _bare(axes: Axes, grid: str) -> None:
+def bare(axes: Axes, grid: str) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.tick_params(which="both", length=0, labelsize=8)
@@ -85,7 +85,7 @@ def _case_panels(
     figure = Figure(figsize=(2 + max(2.6 * len(columns), 7), 2.4 + 0.24 * len(rows)), layout="constrained")
     all_axes = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (dtype, panel) in zip(all_axes, columns, strict=True):
-        _bare(axes, "x")
+        bare(axes, "x")
         axes.set_title(f"{dtype} {panel}", fontsize=10)
         axes.axvline(1, color=LINE, linewidth=1)
         axes.tick_params(labeltop=True)
@@ -154,14 +154,14 @@ def _losses(trainings: list[Training]) -> Figure:
     columns = figure.subplots(2, len(trainings), sharex=True, squeeze=False, height_ratios=[2, 1]).T
     for training, (losses, differences) in zip(trainings, columns, strict=True):
         steps = np.arange(1, len(training.torch.losses) + 1)
-        _bare(losses, "y")
+        bare(losses, "y")
         losses.set_title(training.network, fontsize=10)
         losses.plot(steps, training.torch.losses, color=TORCH, linewidth=4, label="torch")
         losses.plot(steps, training.normops.losses, color=NORMOPS, linewidth=1, label="normops")
         losses.set_ylabel("loss", fontsize=9)
         losses.legend(frameon=False, fontsize=9)
 
-        _bare(differences, "y")
+        bare(differences, "y")
         difference = np.abs(np.divide(training.normops.losses, training.torch.losses) - 1)
         # Equal losses have no place on a logarithmic axis.
         differences.plot(steps, np.where(difference > 0, difference, np.nan), ".", color=NORMOPS, markersize=3)

@@ -22,18 +22,28 @@ def _earlier(path: str) -> dict:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_common(parser: argparse.ArgumentParser, output: str, mallocs: list[str]) -> None:
+def add_common(parser: argparse.ArgumentParser, output: str, mallocs: list[str], compare: bool = True) -> None:
     add = parser.add_argument_group("process").add_argument
     add("--threads", type=int, help="CPU threads (default: as many as torch takes)")
-    add("--malloc", nargs="+", choices=MALLOCS, default=mallocs, metavar="MALLOC",
-        help="; ".join(f"{name}: {text}" for name, text in MALLOCS.items()) + f" (default: {' '.join(mallocs)})"
-    )  # fmt: skip
+    add(
+        "--malloc",
+        nargs="+",
+        choices=MALLOCS,
+        default=mallocs,
+        metavar="MALLOC",
+        help="; ".join(f"{name}: {text}" for name, text in MALLOCS.items()) + f" (default: {' '.join(mallocs)})",
+    )
     add = parser.add_argument_group("results").add_argument
-    add("--output", type=Path, default=Path(output), metavar="DIR",
-        help="folder for what is written; a temporary one if this cannot be written to (default: %(default)s)"
-    )  # fmt: skip
-    add("--compare", type=_earlier, metavar="OLD.json",
-        help="also print how the speedups have changed since the run that wrote this results.json")  # fmt: skip
+    add(
+        "--output",
+        type=Path,
+        default=Path(output),
+        metavar="DIR",
+        help="folder for what is written; a temporary one if this cannot be written to (default: %(default)s)",
+    )
+    if compare:
+        text = "also print how the speedups have changed since the run that wrote this results.json"
+        add("--compare", type=_earlier, metavar="OLD.json", help=text)
 
 
 def mallocs(arguments: argparse.Namespace) -> list[str]:

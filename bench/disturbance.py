@@ -4,6 +4,7 @@ A round of measurements that was disturbed is thrown away and taken again after 
 measured is marked as doubtful, with the reason.
 """
 
+import gc
 import math
 import statistics
 import time
@@ -18,10 +19,11 @@ import torch
 from bench.machine import processors
 
 MIN_ROUNDS = 5
-PATIENCE = 4  # times the planned time, for undisturbed rounds
+PATIENCE = 3  # times the planned time, for undisturbed rounds
+PATIENCE_OF_ALL = 40.0  # seconds beyond the planned time, for all that one process measures
 # What an idle machine stays well below, and a competitor for one core of many exceeds.
-SLOW_PROBE = 1.25  # of the fastest probe
-WAITED = 0.03  # of the time, all threads together
+SLOW_PROBE = 1.35  # of the fastest probe
+WAITED = 0.05  # of the time, all threads together
 FOREIGN = 0.15  # cores
 STOLEN = 0.02  # of the time of the cores
 
@@ -97,6 +99,7 @@ class Watch:
     """Looks for signs of a disturbance between `begin` and `end`, which are a round apart, and over many rounds."""
 
     def __init__(self):
+        self.patience = PATIENCE_OF_ALL
         self.threads, self.cores = torch.get_num_threads(), len(processors())
         self._system = System()
         # Slow to compute, small enough for the second-level caches, large enough to occupy all threads.
@@ -105,6 +108,7 @@ class Watch:
         self.fastest = min(self.probe() for _ in range(30))
 
     def probe(self) -> float:
+        self._work.add_(0)  # wakes the threads and fetches the numbers
         start = time.perf_counter()
         torch.lgamma(self._work, out=self._result)
         return time.perf_counter() - start
@@ -130,6 +134,8 @@ class Watch:
 
 
 class Watcher(Protocol):
+    patience: float  # seconds that may still be waited
+
     def begin(self) -> None: ...
     def end(self) -> tuple[list[str], Snapshot]: ...
     def signs(self, spent: Snapshot) -> list[str]: ...
@@ -149,6 +155,7 @@ def collect(
     watch: Watcher,
     seconds: float,
     rounds: int | None = None,
+    min_rounds: int = MIN_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Rounds:
@@ -157,7 +164,9 @@ def collect(
     `take_round` is given how many were taken before and returns the seconds of each call.
     """
     quiet, disturbed, reasons = [], [], Counter()
+    enough = rounds or min_rounds
     spent, pause = Snapshot(0.0), 0.01
+    gc.collect()  # now, rather than in between: no round leaves much behind
     start = clock()
     while True:
         watch.begin()
@@ -170,16 +179,18 @@ def collect(
             quiet.append(times)
             spent += taken
         elapsed = clock() - start
-        if len(quiet) == rounds or (rounds is None and len(quiet) >= MIN_ROUNDS and elapsed > seconds):
+        if len(quiet) == rounds or (rounds is None and len(quiet) >= min_rounds and elapsed > seconds):
             doubts = watch.signs(spent)
             break
-        if len(disturbed) >= PATIENCE * (rounds or MIN_ROUNDS) and elapsed > PATIENCE * seconds:
+        if len(disturbed) >= enough and elapsed > seconds + min(PATIENCE * seconds, watch.patience):
             doubts = [sign for sign, _ in reasons.most_common()]
             break
         if signs:
             sleep(pause)
-            pause = min(2 * pause, 0.2)
-    kept = quiet if len(quiet) >= min(MIN_ROUNDS, rounds or MIN_ROUNDS) else quiet + disturbed
+            pause = min(2 * pause, 0.1)
+    if disturbed:
+        watch.patience = max(0.0, watch.patience - max(0.0, elapsed - seconds))
+    kept = quiet if len(quiet) >= enough else quiet + disturbed
     return Rounds({name: [times[name] for times in kept] for name in kept[0]}, doubts)
 
 
@@ -197,13 +208,14 @@ def scheduler_slice(medians: Sequence[float]) -> float | None:
         found = [m for m in medians if _is_multiple(m, candidate, tolerance, most)]
         if len(found) > len(hits):
             best, hits = candidate, found
-    if best is None or len({round(hit / best) for hit in hits}) < 2:
+    # Two or three calls of equal or simply related lengths are not rare.
+    if best is None or len(hits) < 8 or len({round(hit / best) for hit in hits}) < 3:
         return None
     # A time of any length is within the tolerance of a multiple with this probability, or less.
     chance = 2 * tolerance
     others, more = len(medians) - 1, len(hits) - 1
     probability = sum(math.comb(others, n) * chance**n * (1 - chance) ** (others - n) for n in range(more, others + 1))
-    if len(hits) < 5 or len(hits) < len(medians) / 4 or probability * len(candidates) > 1e-4:
+    if len(hits) < len(medians) / 4 or probability * len(candidates) > 1e-4:
         return None
     return statistics.median(hit / round(hit / best) for hit in hits)
 

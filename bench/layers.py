@@ -20,7 +20,7 @@ from bench.results import Results, changes, doubt_multiples, objections
 from bench.tables import environment_table, write_markdown
 from bench.worker import Worker
 
-SECONDS = {"quick": 0.1, "default": 0.25, "full": 1.0}  # for each case in each regime
+SECONDS = {"quick": 0.1, "default": 0.4, "full": 1.0}  # for each case in each regime
 NULL_CASES = 4
 
 
@@ -34,30 +34,71 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("what").add_argument
     add("--only", choices=["layers", "digits"], help="leave out the other part (default: both)")
-    add("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="LAYER",
-        help=f"of {', '.join(LAYERS)} (default: all)")  # fmt: skip
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="DTYPE",
-        help=f"of {', '.join(DTYPES)} (default: float32, and fewer cases in bfloat16)")  # fmt: skip
-    add("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, metavar="LAYOUT",
-        help=f"of {', '.join(LAYOUTS)} (images and volumes only; default: both)")  # fmt: skip
-    add("--devices", nargs="+", choices=["cpu", "cuda"], default=["cpu"], metavar="DEVICE",
-        help="of cpu, cuda (default: cpu)")  # fmt: skip
+    add(
+        "--layers",
+        nargs="+",
+        choices=LAYERS,
+        default=list(LAYERS),
+        metavar="LAYER",
+        help=f"of {', '.join(LAYERS)} (default: all)",
+    )
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32", "bfloat16"],
+        metavar="DTYPE",
+        help=f"of {', '.join(DTYPES)} (default: float32, and fewer cases in bfloat16)",
+    )
+    add(
+        "--layouts",
+        nargs="+",
+        choices=LAYOUTS,
+        default=LAYOUTS,
+        metavar="LAYOUT",
+        help=f"of {', '.join(LAYOUTS)} (images and volumes only; default: both)",
+    )
+    add(
+        "--devices",
+        nargs="+",
+        choices=["cpu", "cuda"],
+        default=["cpu"],
+        metavar="DEVICE",
+        help="of cpu, cuda (default: cpu)",
+    )
     add("--match", metavar="TEXT", help='only cases whose names contain this, such as "8x64x80x80 float32"')
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small shapes, little time for each, two epochs")
     size.add_argument("--full", action="store_true", help="more shapes, all of them in all dtypes, more time for each")
 
     add = parser.add_argument_group("how").add_argument
-    add("--caches", nargs="+", choices=CACHES, default=list(CACHES), metavar="CACHES",
-        help="; ".join(f"{name}: {text}" for name, text in CACHES.items()) + " (default: both)")  # fmt: skip
-    add("--against", choices=["eager", "compile"], default="eager",
-        help="time torch's layers as they are (the default), or under torch.compile, which takes seconds more for each"
-    )  # fmt: skip
-    add("--floor", choices=["clone", "copy"], default="clone",
+    add(
+        "--caches",
+        nargs="+",
+        choices=CACHES,
+        default=list(CACHES),
+        metavar="CACHES",
+        help="; ".join(f"{name}: {text}" for name, text in CACHES.items()) + " (default: both)",
+    )
+    add(
+        "--against",
+        choices=["eager", "compile"],
+        default="eager",
+        help="time torch's layers as they are (the default), or under torch.compile, which takes seconds more for each",
+    )
+    add(
+        "--floor",
+        choices=["clone", "copy"],
+        default="clone",
         help="the time to compare with: x.clone(), or y.copy_(x) into memory that is there already. A forward pass "
-        "moves as much memory as one copy, a backward pass as much as one and a half (default: clone)")  # fmt: skip
-    add("--seconds", type=float, help="time for each case in each regime "
-        f"(default: {SECONDS['default']}; {SECONDS['quick']} if --quick, {SECONDS['full']} if --full)")  # fmt: skip
+        "moves as much memory as one copy, a backward pass as much as one and a half (default: clone)",
+    )
+    add(
+        "--seconds",
+        type=float,
+        help="time for each case in each regime "
+        f"(default: {SECONDS['default']}; {SECONDS['quick']} if --quick, {SECONDS['full']} if --full)",
+    )
     add("--rounds", type=int, help="exact number of rounds for each case, however long")
     add_common(parser, "bench/results/latest", mallocs=["default", "recycled"])
     return parser

@@ -5,11 +5,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer, timer  # both wait for the device
+from torch.utils.benchmark import timer  # waits for the device
 
 import normops
 from bench.cases import Case
@@ -169,17 +170,17 @@ def _order(names: Sequence[str], turn: int) -> Sequence[str]:
 
 
 def warm_turns(calls: dict[str, Callable]) -> Callable[[int], dict[str, float]]:
-    timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        for name, call in calls.items()
-    }
+    def repeated(call: Callable, repetitions: int) -> float:
+        call()  # does not count: it leaves the caches as a call finds them in a loop
+        start = timer()
+        for _ in repeat(None, repetitions):
+            call()
+        return (timer() - start) / repetitions
+
+    repetitions = {name: max(1, round(TURN_SECONDS / repeated(call, 3))) for name, call in calls.items()}
 
     def turn(number: int) -> dict[str, float]:
-        # It first looks for the block size, which also leaves the caches as this call finds them in a loop.
-        return {
-            name: timers[name].blocked_autorange(min_run_time=TURN_SECONDS).median
-            for name in _order(list(timers), number)
-        }
+        return {name: repeated(calls[name], repetitions[name]) for name in _order(list(calls), number)}
 
     return turn
 

@@ -116,8 +116,8 @@ def verdict(timings: list[Timing], null: list[Timing], against: str) -> list[str
         )
         lead = "As in a model: " if regime == HEADLINE else ""
         lines.append(
-            f"{lead}{regime.name}: normops is {forward:.2f} times as fast as {against} forward and {backward:.2f} times "
-            f"backward (geometric means of {len(here)} cases)"
+            f"{lead}{regime.name}: normops is {forward:.2f} times as fast as {against} forward and {backward:.2f} "
+            f"times backward (geometric means of {len(here)} cases)"
         )
     slower = _slower(timings, noise(null))
     if slower:

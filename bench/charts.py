@@ -22,7 +22,8 @@ CHARTED = [HEADLINE, Regime("warm", "recycled")]  # the two extremes
 FLOOR_NOTE = (
     "The floor, 1x, is the time of a copy of the tensor in the same regime (backward: of 1.5 copies, as it reads two "
     "tensors). A layer that reads once,\nwrites once and is as fast as memory has 1x; what needs a second pass over "
-    "memory, because statistics come first, has up to 1.5x (backward: 1.7x)."
+    "memory, because statistics come first, has up to 1.5x (backward: 1.7x). Below 1x, the output lies in large "
+    "pages\nand the copy's in small ones, which take longer to clear."
 )
 
 

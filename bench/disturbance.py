@@ -105,13 +105,14 @@ class Watch:
         # Slow to compute, small enough for the second-level caches, large enough to occupy all threads.
         self._work = torch.full([32768 * self.threads], 2.5)
         self._result = torch.empty_like(self._work)
-        self.fastest = min(self.probe() for _ in range(30))
+        self.fastest = min(self.probe() for _ in range(10))
 
-    def probe(self) -> float:
+    def probe(self, repetitions: int = 3) -> float:
         self._work.add_(0)  # wakes the threads and fetches the numbers
         start = time.perf_counter()
-        torch.lgamma(self._work, out=self._result)
-        return time.perf_counter() - start
+        for _ in range(repetitions):
+            torch.lgamma(self._work, out=self._result)
+        return (time.perf_counter() - start) / repetitions
 
     def begin(self) -> None:
         self._start = self._system.snapshot()

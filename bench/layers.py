@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from rich.table import Table
 
 from bench import report
 from bench.accuracy import measure_accuracy
@@ -22,6 +23,7 @@ from bench.worker import Worker
 
 SECONDS = {"quick": 0.1, "default": 0.4, "full": 1.0}  # for each case in each regime
 NULL_CASES = 4
+ACCURACY_SECONDS, EPOCH_SECONDS = 0.1, 0.6  # about; for the progress bar
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DEVICE",
         help="of cpu, cuda (default: cpu)",
     )
-    add("--match", metavar="TEXT", help='only cases whose names contain this, such as "8x64x80x80 float32"')
+    add("--match", nargs="+", metavar="TEXT", help="only cases whose names contain one of these, such as 8x64x80x80")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small shapes, little time for each, two epochs")
     size.add_argument("--full", action="store_true", help="more shapes, all of them in all dtypes, more time for each")
@@ -118,6 +120,10 @@ class Timekeeper:
         for worker in self.workers:
             worker.close()
 
+    def estimate(self) -> float:
+        """Seconds that a case takes in one process."""
+        return len(self.caches) * self.how.seconds * 1.2 + 0.15
+
     def parts(self, case: Case) -> list[Worker]:
         # Torch's allocator for CUDA always recycles.
         return self.workers if case.device == "cpu" else self.workers[-1:]
@@ -128,7 +134,7 @@ class Timekeeper:
             yield from worker.run(
                 time_case, case, [Regime(caches, worker.malloc) for caches in self.caches], self.how, null
             )
-            self.bar.advance(estimate(self.how, len(self.caches)))
+            self.bar.advance(self.estimate())
 
     def again(self, timings: list[Timing], null: bool = False) -> None:
         """In place. A machine that is still busy after a tenth of them is not asked for the rest."""
@@ -145,9 +151,66 @@ class Timekeeper:
                 return
 
 
-def estimate(how: How, regimes: int) -> float:
-    """Seconds that a case takes in one process."""
-    return regimes * how.seconds * 1.2 + 0.15
+@dataclasses.dataclass
+class Plan:
+    accuracies: list[Case]
+    timed: list[Case]
+    null: list[Case]  # torch's layer against itself
+    trainings: list[tuple[str, str]]  # networks and devices
+    epochs: int
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, selection: str) -> "Plan":
+        chosen = arguments.layers, arguments.dtypes, arguments.layouts, arguments.devices
+        accuracies, timed = accuracy_cases(*chosen), timed_cases(*chosen, selection)
+        networks = list(NETWORKS)
+        if arguments.only == "digits":
+            accuracies, timed = [], []
+        if arguments.only == "layers" or arguments.match:
+            networks = []
+        if arguments.match:
+            accuracies, timed = [], [case for case in timed if any(text in case.name for text in arguments.match)]
+        null = timed[:: -(-len(timed) // NULL_CASES)] if timed else []
+        trainings = [(network, device) for network in networks for device in arguments.devices]
+        return cls(accuracies, timed, null, trainings, 2 if selection == "quick" else 10)
+
+
+def measure(plan: Plan, results: Results, keeper: Timekeeper, bar: Bar) -> Iterator[tuple[Table, bool]]:
+    """Fills `results`, and yields tables as there is something to show, and whether on the console too."""
+    timings = [case for case in plan.timed + plan.null for _ in keeper.parts(case)]
+    bar.expect(
+        ACCURACY_SECONDS * len(plan.accuracies)
+        + keeper.estimate() * len(timings)
+        + EPOCH_SECONDS * plan.epochs * len(plan.trainings)
+    )
+    for case in plan.accuracies:
+        bar.say(f"accuracy: {case.name}")
+        results.accuracy.append(measure_accuracy(case))
+        bar.advance(ACCURACY_SECONDS)
+    yield from ((table, True) for table in report.accuracy_tables(results.accuracy))
+
+    for case in plan.timed:
+        if case in plan.null:
+            results.null += keeper.time(case, null=True)
+        results.timings += keeper.time(case)
+    keeper.again(results.timings)
+    keeper.again(results.null, null=True)
+    doubt_multiples(results.timings)
+    doubt_multiples(results.null)
+    for number, regime in enumerate(report.regimes_of(results.timings)):
+        here = [timing for timing in results.timings if timing.regime == regime]
+        yield from ((table, number == 0) for table in report.timing_tables(here))
+    if plan.timed:
+        yield report.null_table(results.null), False
+        yield report.means_table(results.timings), True
+    if any(timing.doubts for timing in results.timings):
+        yield report.doubts_table(results.timings), False
+
+    for network, device in plan.trainings:
+        bar.say(f"digits: {network} {device}")
+        results.training.append(train(network, device, plan.epochs, on_epoch=lambda: bar.advance(EPOCH_SECONDS)))
+    if plan.trainings:
+        yield report.training_table(results.training), True
 
 
 def main(argv: list[str]) -> int:
@@ -160,69 +223,23 @@ def main(argv: list[str]) -> int:
     if "cuda" in arguments.devices:
         facts["gpu"] = torch.cuda.get_device_name()
     options = {name: value for name, value in vars(arguments).items() if name not in ("compare", "output")}
-    results = Results(facts, options)
+    results, plan = Results(facts, options), Plan.of(arguments, selection)
     folder, elsewhere = results_folder(arguments.output)
-    tables = []
-
-    def show(*new_tables, on_console=True):
-        tables.extend(new_tables)
-        for table in new_tables if on_console else ():
-            console.print(table, "")
-
-    chosen = arguments.layers, arguments.dtypes, arguments.layouts, arguments.devices
-    accuracies, timed = accuracy_cases(*chosen), timed_cases(*chosen, selection)
-    networks, epochs = list(NETWORKS), 2 if arguments.quick else 10
-    if arguments.only == "layers" or arguments.match:
-        networks = []
-    if arguments.only == "digits":
-        accuracies, timed = [], []
-    if arguments.match:
-        accuracies, timed = [], [case for case in timed if arguments.match in case.name]
-    trainings = [(network, device) for network in networks for device in arguments.devices]
-    null_cases = timed[:: -(-len(timed) // NULL_CASES)] if timed else []
-
-    start = time.perf_counter()
     if elsewhere:
         console.print(elsewhere, "")
-    show(environment_table(facts))
+
+    start = time.perf_counter()
+    tables = [environment_table(facts)]
+    console.print(tables[0], "")
     bar = Bar(console)
     with bar.progress, Timekeeper(arguments, how, bar) as keeper:
-        planned = [case for case in timed + null_cases for _ in keeper.parts(case)]
-        each_epoch = 0.6
-        bar.expect(
-            0.1 * len(accuracies)
-            + estimate(how, len(arguments.caches)) * len(planned)
-            + each_epoch * epochs * len(trainings)
-        )
-        for case in accuracies:
-            bar.say(f"accuracy: {case.name}")
-            results.accuracy.append(measure_accuracy(case))
-            bar.advance(0.1)
-        show(*report.accuracy_tables(results.accuracy))
-
-        for case in timed:
-            if case in null_cases:
-                results.null += keeper.time(case, null=True)
-            results.timings += keeper.time(case)
-        keeper.again(results.timings)
-        keeper.again(results.null, null=True)
-        doubt_multiples(results.timings)
-        doubt_multiples(results.null)
-        for number, regime in enumerate(report.regimes_of(results.timings)):
-            here = [timing for timing in results.timings if timing.regime == regime]
-            show(*report.timing_tables(here), on_console=number == 0)
-        if timed:
-            show(report.null_table(results.null), report.means_table(results.timings))
-        if any(timing.doubts for timing in results.timings):
-            show(report.doubts_table(results.timings), on_console=False)
-
-        for network, device in trainings:
-            bar.say(f"digits: {network} {device}")
-            results.training.append(train(network, device, epochs, on_epoch=lambda: bar.advance(each_epoch)))
-        if trainings:
-            show(report.training_table(results.training))
+        for table, on_console in measure(plan, results, keeper, bar):
+            tables.append(table)
+            if on_console:
+                console.print(table, "")
     if arguments.compare:
-        show(report.changes_table(changes(arguments.compare, dataclasses.asdict(results))))
+        tables.append(report.changes_table(changes(arguments.compare, dataclasses.asdict(results))))
+        console.print(tables[-1], "")
 
     verdict = report.verdict(results.timings, results.null, facts["against"])
     results.write_json(folder / "results.json")
@@ -233,5 +250,4 @@ def main(argv: list[str]) -> int:
         for timing in results.timings
         if not timing.agrees
     ]
-    objected = bool(objections(results.timings, results.null))
-    return finish(console, folder, start, verdict, wrong, objected)
+    return finish(console, folder, start, verdict, wrong, bool(objections(results.timings, results.null)))

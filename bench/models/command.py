@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import time
 
 import torch
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "the configurations of transformers, diffusers and monai (pip install --group models); nothing is fetched.",
     )
     add = parser.add_argument_group("what").add_argument
-    add("--match", metavar="TEXT", help='only models whose names contain this, such as "ResNet"')
+    add("--match", nargs="+", metavar="TEXT", help="only models whose names contain one of these, such as ResNet")
     add("--quick", action="store_true", help="as few rounds as there can be")
     add("--compile", action="store_true", help="also compiled torch beside compiled normops; takes minutes for each")
     add = parser.add_argument_group("how").add_argument
@@ -40,15 +41,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = parse(parser(), argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each profile prints two lines; read by the workers
     missing = [name for name in ("transformers", "diffusers", "monai") if not importlib.util.find_spec(name)]
     console = make_console()
     if missing:
         console.print(
             f"{', '.join(missing)} not installed, so some models are left out: pip install --group models", ""
         )
-    chosen = [model for model in MODELS if (arguments.match or "") in model.name]
+    chosen = [model for model in MODELS if any(text in model.name for text in arguments.match or [""])]
     if not chosen:
-        console.print(f"no model's name contains {arguments.match!r}: {'; '.join(model.name for model in MODELS)}")
+        console.print(
+            f"no model's name contains {' or '.join(arguments.match)}: {'; '.join(model.name for model in MODELS)}"
+        )
         return 2
     facts = environment()
     options = {name: value for name, value in vars(arguments).items() if name != "output"}

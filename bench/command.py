@@ -93,7 +93,7 @@ class Bar:
     def expect(self, seconds: float) -> None:
         self.progress.update(self._task, total=seconds)
         if self.progress.disable:
-            self._console.print(f"This will take about {max(1, round(seconds / 60))} minutes", "")
+            self._console.print(f"This will take about {max(1, round(seconds / 60))} min", "")
 
     def say(self, text: str) -> None:
         self.progress.update(self._task, description=text, refresh=True)

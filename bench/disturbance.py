@@ -21,6 +21,7 @@ from bench.machine import processors
 MIN_ROUNDS = 5
 PATIENCE = 3  # times the planned time, for undisturbed rounds
 PATIENCE_OF_ALL = 40.0  # seconds beyond the planned time, for all that one process measures
+PAUSE = 0.1  # seconds between two looks at a busy machine
 # What an idle machine stays well below, and a competitor for one core of many exceeds.
 SLOW_PROBE = 1.35  # of the fastest probe
 WAITED = 0.05  # of the time, all threads together
@@ -99,7 +100,7 @@ class Watch:
     """Looks for signs of a disturbance between `begin` and `end`, which are a round apart, and over many rounds."""
 
     def __init__(self):
-        self.patience = PATIENCE_OF_ALL
+        self.patience, self.disturbed = PATIENCE_OF_ALL, False
         self.threads, self.cores = torch.get_num_threads(), len(processors())
         self._system = System()
         # Slow to compute, small enough for the second-level caches, large enough to occupy all threads.
@@ -127,7 +128,14 @@ class Watch:
         self.fastest = min(self.fastest, probe)
         if probe > SLOW_PROBE * self.fastest:
             signs.append("work of known length took longer")
+        self.disturbed = bool(signs)
         return signs, spent
+
+    def quiet(self) -> bool:
+        """Takes some 30 ms, in which a competitor for a core cannot stay unnoticed."""
+        self.begin()
+        self.probe(90)
+        return not self.end()[0]
 
     def signs(self, spent: Snapshot) -> list[str]:
         """Those of many rounds together."""
@@ -136,7 +144,9 @@ class Watch:
 
 class Watcher(Protocol):
     patience: float  # seconds that may still be waited
+    disturbed: bool  # the last round
 
+    def quiet(self) -> bool: ...
     def begin(self) -> None: ...
     def end(self) -> tuple[list[str], Snapshot]: ...
     def signs(self, spent: Snapshot) -> list[str]: ...
@@ -166,9 +176,17 @@ def collect(
     """
     quiet, disturbed, reasons = [], [], Counter()
     enough = rounds or min_rounds
-    spent, pause = Snapshot(0.0), 0.01
+    spent = Snapshot(0.0)
+
+    def settle() -> None:
+        until = clock() + min(PATIENCE * seconds, watch.patience)
+        while clock() < until and not watch.quiet():
+            sleep(PAUSE)
+
     gc.collect()  # now, rather than in between: no round leaves much behind
     start = clock()
+    if watch.disturbed:
+        settle()
     while True:
         watch.begin()
         times = take_round(len(quiet) + len(disturbed))
@@ -187,8 +205,7 @@ def collect(
             doubts = [sign for sign, _ in reasons.most_common()]
             break
         if signs:
-            sleep(pause)
-            pause = min(2 * pause, 0.1)
+            settle()
     if disturbed:
         watch.patience = max(0.0, watch.patience - max(0.0, elapsed - seconds))
     kept = quiet if len(quiet) >= enough else quiet + disturbed

@@ -103,16 +103,22 @@ class TestComparison:
 
 
 class Watch:
-    """Disturbed in the rounds that it is told."""
+    """Disturbed in the rounds that it is told, and as often as told when it is asked whether all is quiet."""
 
-    def __init__(self, disturbed=(), signs=()):
-        self.disturbed, self.round, self.of_all, self.patience = disturbed, -1, list(signs), 40.0
+    def __init__(self, disturbed=(), signs=(), looks=0):
+        self.rounds, self.round, self.of_all, self.patience = disturbed, -1, list(signs), 40.0
+        self.disturbed, self.looks = False, looks
 
     def begin(self):
         self.round += 1
 
     def end(self):
-        return (["something ran"] if self.round in self.disturbed else []), Snapshot(1.0)
+        self.disturbed = self.round in self.rounds
+        return (["something ran"] if self.disturbed else []), Snapshot(1.0)
+
+    def quiet(self):
+        self.looks -= 1
+        return self.looks < 0
 
     def signs(self, spent):
         self.quiet_seconds = spent.clock
@@ -169,6 +175,15 @@ class TestRounds:
         watch = Watch(disturbed=range(10**6))
         lengths = [len(collected(watch)) for _ in range(4)]
         assert lengths[0] > lengths[-1] and watch.patience == 0
+
+    def test_waits_for_quiet(self):
+        watch = Watch(disturbed={0}, looks=5)
+        rounds = collected(watch, rounds=2)
+        assert rounds.times["call"] == [1, 2] and watch.looks < 0
+        assert watch.patience == 40.0  # nothing was taken beyond the planned time
+        watch = Watch(disturbed=range(3), looks=10**6)
+        collected(watch, seconds=1.0, rounds=2)
+        assert watch.patience < 40.0 and watch.looks > 0  # does not wait for ever
 
     def test_signs_over_all_rounds(self):
         assert collected(Watch(signs=["a busy core"])).doubts == ["a busy core"]

@@ -16,6 +16,7 @@ from bench.tables import environment_table, write_markdown
 from bench.worker import Worker
 
 SECONDS, QUICK_SECONDS = 25.0, 4.0
+LIBRARIES = "transformers", "diffusers", "monai"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,8 +43,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     arguments = parse(parser(), argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each profile prints two lines; read by the workers
-    missing = [name for name in ("transformers", "diffusers", "monai") if not importlib.util.find_spec(name)]
+    missing = [name for name in LIBRARIES if not importlib.util.find_spec(name)]
     console = make_console()
+    if len(missing) == len(LIBRARIES):
+        console.print("Models are built by transformers, diffusers and monai: pip install --group models")
+        return 2
     if missing:
         console.print(
             f"{', '.join(missing)} not installed, so some models are left out: pip install --group models", ""

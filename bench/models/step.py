@@ -36,7 +36,7 @@ class Step:
     def forward(self) -> Tensor:
         output = self.module(**self.inputs)
         if self.decodes:
-            self.inputs["past_key_values"].crop(PROMPT)
+            self.inputs["past_key_values"].crop(-1)  # the token that this step has added
         return output if isinstance(output, Tensor) else output[0]
 
     def __call__(self) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _BATCH_NORM = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-_INSTANCE_NORM = {4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+_INSTANCE_NORM = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 LAYERS = {
@@ -22,22 +22,48 @@ LAYERS = {
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 LAYOUTS = ["contiguous", "channels_last"]
 
-_ROWS = [(4096, 768), (4096, 4096), (65536, 64), (8192, 1024), (32, 128), (16, 12288), (64, 1000000)]
-_TIMED = {
-    "layer_norm": [*_ROWS, (4096, 1000), (4096, 17)],
-    "rms_norm": _ROWS,
+# What a run of minutes measures: layers as models have them. Of BatchNorm, the five widths of a ResNet at 160x160.
+_DEFAULT = {
+    "layer_norm": [(128, 96), (1024, 768), (12800, 96), (2048, 4096)],
+    "rms_norm": [(1, 2048), (512, 2048), (1024, 4096)],
     "batch_norm": [
+        (8, 64, 80, 80),
+        (8, 256, 40, 40),
+        (8, 512, 20, 20),
+        (8, 1024, 10, 10),
+        (8, 2048, 5, 5),
+        (4096, 512),
+    ],
+    "batch_norm_eval": [(8, 256, 40, 40)],
+    "instance_norm": [(8, 64, 64, 64), (1, 32, 64, 64, 64), (16, 64, 400)],
+    "group_norm": [(4, 128, 32, 32), (2, 1280, 8, 8), (8, 256, 64, 64)],
+}
+# Of these, in a run of minutes, in the other dtypes too.
+_DEFAULT_SHORT = {
+    "layer_norm": [(1024, 768), (2048, 4096)],
+    "rms_norm": [(512, 2048)],
+    "batch_norm": [(8, 64, 80, 80), (8, 1024, 10, 10)],
+    "batch_norm_eval": [(8, 256, 40, 40)],
+    "instance_norm": [(8, 64, 64, 64)],
+    "group_norm": [(4, 128, 32, 32)],
+}
+_ROWS = [(4096, 768), (4096, 4096), (65536, 64), (8192, 1024), (2048, 1024), (32, 128), (16, 12288), (64, 1000000)]
+_FULL = {
+    "layer_norm": [*_DEFAULT["layer_norm"], *_ROWS, (4096, 1000), (4096, 17)],
+    "rms_norm": [*_DEFAULT["rms_norm"], *_ROWS],
+    "batch_norm": [
+        *_DEFAULT["batch_norm"],
         (32, 64, 56, 56),
         (32, 512, 7, 7),
         (8, 64, 128, 128),
-        (4096, 512),
+        (8, 96, 80, 80),
         (2, 32, 32, 64, 64),
         (32, 3, 224, 224),
         (16, 17, 33, 33),
     ],
-    "batch_norm_eval": [(32, 64, 56, 56), (8, 64, 128, 128)],
-    "instance_norm": [(8, 64, 128, 128), (2, 32, 64, 64, 64)],
-    "group_norm": [(8, 256, 64, 64), (2, 64, 32, 32), (2, 1280, 16, 16)],
+    "batch_norm_eval": [*_DEFAULT["batch_norm_eval"], (32, 64, 56, 56), (8, 64, 128, 128)],
+    "instance_norm": [*_DEFAULT["instance_norm"], (8, 64, 128, 128), (2, 32, 64, 64, 64), (1, 320, 8, 8, 8)],
+    "group_norm": [*_DEFAULT["group_norm"], (2, 64, 32, 32), (2, 1280, 16, 16), (2, 320, 64, 64)],
 }
 _QUICK = {
     "layer_norm": [(4096, 768), (32, 128)],
@@ -47,6 +73,7 @@ _QUICK = {
     "instance_norm": [(8, 64, 32, 32)],
     "group_norm": [(2, 64, 32, 32)],
 }
+SELECTIONS = ["quick", "default", "full"]
 # Small, for the sake of the reference in float64.
 _ACCURACY = {
     "layer_norm": [(256, 768)],
@@ -103,9 +130,13 @@ def _cases(table, layers, dtypes, layouts, devices, **data) -> Iterator[Case]:
 
 
 def timed_cases(
-    layers: Sequence[str], dtypes: Sequence[str], layouts: Sequence[str], devices: Sequence[str], quick: bool
+    layers: Sequence[str], dtypes: Sequence[str], layouts: Sequence[str], devices: Sequence[str], selection: str
 ) -> list[Case]:
-    return list(_cases(_QUICK if quick else _TIMED, layers, dtypes, layouts, devices))
+    """`selection` is one of `SELECTIONS`."""
+    cases = _cases({"quick": _QUICK, "default": _DEFAULT, "full": _FULL}[selection], layers, dtypes, layouts, devices)
+    if selection != "default":
+        return list(cases)
+    return [case for case in cases if case.dtype == dtypes[0] or case.shape in _DEFAULT_SHORT[case.layer]]
 
 
 def accuracy_cases(

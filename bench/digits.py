@@ -3,7 +3,7 @@
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.benchmark import timer  # waits for the device
 
 import normops
+from bench.disturbance import Watch
 
 TRAIN_IMAGES = 1437
 TEST_IMAGES = 1797 - TRAIN_IMAGES
@@ -121,6 +122,7 @@ class Training:
     speedup: float
     step_difference: float  # the largest, relative, between the losses
     epoch_difference: float
+    doubts: list[str] = field(default_factory=list)  # signs that the machine was not left alone
 
 
 def _images(device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -145,10 +147,14 @@ def train(
     model = make_model().to(device)
     ours = Trainee(normops.convert(copy.deepcopy(model)), make_optimizer)
     theirs = Trainee(model, make_optimizer)
+    watch, disturbed = Watch(), []
     for _ in range(epochs):
+        watch.begin()
         for batch in torch.randperm(TRAIN_IMAGES)[:IMAGES_PER_EPOCH].to(device).split(BATCH):
             for trainee in (theirs, ours):
                 trainee.step(images[batch], labels[batch])
+        signs, _ = watch.end()
+        disturbed += signs[:1]
         on_epoch()
     ours, theirs = (Run.of(trainee, epochs, test) for trainee in (ours, theirs))
     return Training(
@@ -159,4 +165,6 @@ def train(
         theirs.step_seconds / ours.step_seconds,
         _largest_difference(ours.losses, theirs.losses),
         _largest_difference(ours.epoch_losses, theirs.epoch_losses),
+        # Medians over all steps bear with a disturbance of a few.
+        [f"in {len(disturbed)} of {epochs} epochs {disturbed[0]}"] if len(disturbed) > epochs / 4 else [],
     )

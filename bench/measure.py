@@ -1,21 +1,22 @@
 """Times torch's layer, that of normops and a copy of the tensor in turns, so that all meet the same conditions."""
 
 import copy
-import ctypes
-import itertools
+import math
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer  # waits for the device
 
 import normops
 from bench.cases import Case
+from bench.disturbance import collect
+from bench.regimes import Flush, Regime
+from bench.worker import station
 
 TURN_SECONDS = 0.005
 FORWARD_COPIES = 1.0  # reads x, writes y
@@ -23,17 +24,6 @@ BACKWARD_COPIES = 1.5  # reads x and dy, writes dx
 
 # For differences from torch in at least float32: in the short dtypes torch's sums are too inexact to check by.
 TOLERANCES = {"float16": 3e-3, "bfloat16": 2e-2, "float32": 1e-3, "float64": 1e-9}
-
-
-def recycle_memory() -> bool:
-    """Makes malloc keep freed memory for the next call instead of returning it; False where malloc is not glibc's.
-
-    By default glibc maps every large block anew and unmaps it when it is freed, so each layer would be charged with
-    the kernel clearing the pages of its output. M_MMAP_THRESHOLD alone would not do: glibc caps it at 32 MiB.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(m_mmap_max, 0) == 1 and mallopt(m_trim_threshold, -1) == 1
 
 
 class Passes:
@@ -75,72 +65,134 @@ def reference_results(layer: nn.Module, x: Tensor, dy: Tensor, dtype: torch.dtyp
 
 @dataclass
 class Comparison:
-    """One pass: medians in seconds, and the spread of the speedups of the single rounds."""
+    """Medians of the same thing done by torch and by normops, in seconds, and the ratio of the first to the second."""
 
     torch: float
     normops: float
-    floor: float
     speedup: float
-    speedup_quartiles: tuple[float, float]
-    torch_floors: float
-    normops_floors: float
+    quartiles: tuple[float, float]  # of the speedups of the single rounds
+    error: float  # the standard error of the logarithm of the speedup, as far as it shows within a run
+    floor: float | None = None  # the time that memory alone would take
 
     @classmethod
-    def of(cls, torch_times: list[float], normops_times: list[float], copy_times: list[float], copies: float):
-        theirs, ours, one_copy = (statistics.median(times) for times in (torch_times, normops_times, copy_times))
-        floor = copies * one_copy
-        quartiles = np.percentile(np.divide(torch_times, normops_times), [25, 75]).tolist()
-        return cls(theirs, ours, floor, theirs / ours, tuple(quartiles), theirs / floor, ours / floor)
+    def of(
+        cls, torch_times: Sequence[float], normops_times: Sequence[float], floor: float | None = None
+    ) -> "Comparison":
+        theirs, ours = statistics.median(torch_times), statistics.median(normops_times)
+        ratios = np.divide(torch_times, normops_times)
+        low, high = np.percentile(ratios, [25, 75]).tolist()
+        # Of the median of normally distributed values, whose quartiles are 1.349 standard deviations apart.
+        error = 1.2533 * math.log(high / low) / 1.349 / math.sqrt(len(ratios))
+        return cls(theirs, ours, theirs / ours, (low, high), error, floor)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, relative."""
+        low, high = self.quartiles
+        return (high - low) / 2 / self.speedup
+
+    @property
+    def torch_floors(self) -> float:
+        return self.torch / self.floor
+
+    @property
+    def normops_floors(self) -> float:
+        return self.normops / self.floor
 
 
 @dataclass
 class Timing:
     case: Case
+    regime: Regime
     rounds: int
     forward: Comparison
     backward: Comparison
     differences: dict[str, float]  # of the results from those of torch
+    doubts: list[str] = field(default_factory=list)  # signs that the machine was not left alone
 
     @property
     def agrees(self) -> bool:
         return all(difference <= TOLERANCES[self.case.dtype] for difference in self.differences.values())
 
+    @property
+    def passes(self) -> dict[str, Comparison]:
+        return {"forward": self.forward, "backward": self.backward}
 
-def time_case(case: Case, against: str, floor: str, seconds: float, rounds: int | None) -> Timing:
+
+@dataclass(frozen=True)
+class How:
+    """How a case is timed; see the options of the command line."""
+
+    against: str = "eager"
+    floor: str = "clone"
+    seconds: float = 0.4
+    rounds: int | None = None
+
+
+def time_case(case: Case, regimes: Sequence[Regime], how: How, null: bool = False) -> list[Timing]:
+    """In regimes of the same malloc, which is that of the process. `null`: torch's layer takes both parts."""
     layer = case.make_layer()
     x, dy = case.make_data()
-    ours = Passes(normops.convert(copy.deepcopy(layer)), x, dy)
+    other = copy.deepcopy(layer) if null else normops.convert(copy.deepcopy(layer))
+    ours = Passes(other, x, dy)
     differences = largest_errors(ours.results(), reference_results(layer, x, dy, torch.float32))
-    if against == "compile":
+    if how.against == "compile" and not null:
         torch.compiler.reset()  # the layers share their code, and compiled forms of one code object are limited
         torch._functorch.config.donated_buffer = False  # or the backward pass could run but once
         layer = torch.compile(layer, dynamic=False)
     theirs = Passes(layer, x, dy)
 
-    warm = torch.empty_like(x)
+    there = torch.empty_like(x)
     calls = {
         "torch forward": theirs.forward,
         "normops forward": ours.forward,
-        "floor": x.clone if floor == "clone" else lambda: warm.copy_(x),
+        "floor": x.clone if how.floor == "clone" else lambda: there.copy_(x),
         "torch backward": theirs.backward,
         "normops backward": ours.backward,
     }
-    times = _in_turns(calls, seconds, rounds)
-    forward = Comparison.of(times["torch forward"], times["normops forward"], times["floor"], FORWARD_COPIES)
-    backward = Comparison.of(times["torch backward"], times["normops backward"], times["floor"], BACKWARD_COPIES)
-    return Timing(case, len(times["floor"]), forward, backward, differences)
+    timings = []
+    for regime in regimes:
+        turn = cold_turns(calls, station().flush(case.device)) if regime.caches == "cold" else warm_turns(calls)
+        turn(0)
+        rounds = collect(turn, station().watch, how.seconds, how.rounds)
+        one_copy = statistics.median(rounds.times["floor"])
+        forward, backward = (
+            Comparison.of(rounds.times[f"torch {name}"], rounds.times[f"normops {name}"], copies * one_copy)
+            for name, copies in (("forward", FORWARD_COPIES), ("backward", BACKWARD_COPIES))
+        )
+        timings.append(Timing(case, regime, len(rounds), forward, backward, differences, rounds.doubts))
+    return timings
 
 
-def _in_turns(calls: dict[str, Callable], seconds: float, rounds: int | None) -> dict[str, list[float]]:
-    timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        for name, call in calls.items()
-    }
-    times = defaultdict(list)
-    start = time.perf_counter()
-    for done in itertools.count(1):
-        for name, timer in timers.items():
-            # It first looks for the block size, which also leaves the caches as this call finds them in a loop.
-            times[name].append(timer.blocked_autorange(min_run_time=TURN_SECONDS).median)
-        if done == rounds or (rounds is None and done >= 3 and time.perf_counter() - start > seconds):
-            return times
+def _order(names: Sequence[str], turn: int) -> Sequence[str]:
+    """One way and back, so that none always comes after the same other."""
+    return names if turn % 2 == 0 else names[::-1]
+
+
+def warm_turns(calls: dict[str, Callable]) -> Callable[[int], dict[str, float]]:
+    def repeated(call: Callable, repetitions: int) -> float:
+        call()  # does not count: it leaves the caches as a call finds them in a loop
+        start = timer()
+        for _ in repeat(None, repetitions):
+            call()
+        return (timer() - start) / repetitions
+
+    repetitions = {name: max(1, round(TURN_SECONDS / repeated(call, 3))) for name, call in calls.items()}
+
+    def turn(number: int) -> dict[str, float]:
+        return {name: repeated(calls[name], repetitions[name]) for name in _order(list(calls), number)}
+
+    return turn
+
+
+def cold_turns(calls: dict[str, Callable], flush: Flush) -> Callable[[int], dict[str, float]]:
+    def turn(number: int) -> dict[str, float]:
+        times = {}
+        for name in _order(list(calls), number):
+            flush()
+            start = timer()
+            calls[name]()
+            times[name] = timer() - start
+        return times
+
+    return turn

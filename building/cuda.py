@@ -42,7 +42,7 @@ class CudaToolkit:
         if torch.version.cuda and torch.version.cuda.split(".")[0] != self.release.split(".")[0]:
             raise SystemExit(
                 f"normops: torch is built for CUDA {torch.version.cuda}, and {self.nvcc} is of CUDA {self.release}: "
-                f"set CUDA_HOME to a toolkit of CUDA {torch.version.cuda.split('.')[0]}, or NORMOPS_CUDA=0 to do without"
+                f"set CUDA_HOME to a toolkit of CUDA {torch.version.cuda}, or NORMOPS_CUDA=0 to do without"
             )
         return self
 

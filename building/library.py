@@ -8,13 +8,12 @@ import torch
 from building.compiler import STANDARD
 from building.ninja import Ninja, write
 
-# OpenMP: at::parallel_for is serial without it. No -march=native and no
-# -ffast-math: a wheel runs on other machines, and the sums rely on rounding. A header of torch for each operator, as
-# all of them together take longer to read than the rest to compile.
+# No -march=native and no -ffast-math: a wheel runs on other machines, and the sums rely on rounding. A header of torch
+# for each operator, as that of all of them takes longer to read than most files to compile.
 FLAGS = ["-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-DNDEBUG"]
 FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 
-# -O3: g++ does not vectorise at -O2. A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
+# A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
 KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNELS = ["cpu/channel_kernels.cpp", "cpu/row_kernels.cpp"]  # compiled once for each instruction set
 

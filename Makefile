@@ -78,6 +78,7 @@ endif
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
 
 format: $(ENVIRONMENT)

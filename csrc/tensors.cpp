@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include <ATen/ops/empty_like.h>
+
 #include <algorithm>
 
 namespace normops {

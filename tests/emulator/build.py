@@ -14,7 +14,7 @@ CXX = os.environ.get("CXX", "g++")
 # The emulator answers these itself, so they need no sanitizer's library.
 CHECKS = "-fsanitize=alignment,null,bounds"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-DEFINES = ["-DNORMOPS_EMULATED", f"-I{HERE}"]
+DEFINES = ["-DNORMOPS_EMULATED", "-DAT_PER_OPERATOR_HEADERS", f"-I{HERE}"]
 
 # For the emulator, for kernels, for the linker.
 VARIANTS = {

@@ -67,11 +67,14 @@ cuda: $(ENVIRONMENT)
 	$(RUN) tests/cuda/resources.py build
 
 ifneq ($(ENVIRONMENT),)
+# A .pth file makes this source tree importable from any folder.
 $(ENVIRONMENT): pyproject.toml
+	@test -w . || { echo "make writes to $(CURDIR), which it may not: work on a copy of your own"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet --group build --group test --group bench --group lint
+	$(RUN) -c "import sysconfig; open(sysconfig.get_path('purelib') + '/normops-source.pth', 'w').write('$(CURDIR)\n')"
 	touch $@
 endif
 

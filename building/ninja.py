@@ -1,7 +1,7 @@
 """What is to be made of what, written down for ninja, which makes what is out of date on all cores."""
 
+import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +36,8 @@ class Ninja:
     def run(self):
         """Makes everything; what the compilers complain of is shown, and their failure is the end of the build."""
         write(self.folder / "build.ninja", "\n".join(self._lines) + "\n")
-        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        # Always the same one, if it can be: another version would start from scratch.
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []  # as for all extensions of torch
         environment = {"NINJA_STATUS": "normops: %f of %t, %e s: ", **os.environ}
         if subprocess.run([*ninja, "-C", str(self.folder), *jobs], env=environment).returncode:

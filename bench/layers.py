@@ -21,7 +21,7 @@ from bench.results import Results, changes, doubt_multiples, objections
 from bench.tables import environment_table, write_markdown
 from bench.worker import Worker
 
-SECONDS = {"quick": 0.1, "default": 0.3, "full": 1.0}  # for each case in each regime
+SECONDS = {"quick": 0.1, "default": 0.4, "full": 1.0}  # for each case in each regime
 NULL_CASES = 4
 ACCURACY_SECONDS, EPOCH_SECONDS = 0.1, 0.6  # about; for the progress bar
 

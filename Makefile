@@ -39,7 +39,7 @@ bench: build
 
 # One process for each core, whose threads do not spin while they wait: there are more of them than cores.
 test: build
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal $(TEST_ARGS)
 
 test-models: build
 ifneq ($(ENVIRONMENT),)

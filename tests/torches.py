@@ -48,7 +48,9 @@ def try_torch(version):
         if not built:
             return version, "", "not built", last
         _, _, exact = timed(log, [python, "-c", "import torch; print(torch.__version__)"])
-        _, _, last = timed(log, [python, "-m", "pytest", "-n", "auto", "-q", "-k", "not emulated"], **options)
+        _, _, last = timed(
+            log, [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q", "-k", "not emulated"], **options
+        )
         return version, exact, f"{seconds:.0f} s", re.sub(r" in ([\d.]+)s.*", r", \1 s", last)
 
 

@@ -49,7 +49,21 @@ def try_torch(version):
             return version, "", "not built", last
         _, _, exact = timed(log, [python, "-c", "import torch; print(torch.__version__)"])
         _, _, last = timed(
-            log, [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q", "-k", "not emulated"], **options
+            log,
+            [
+                python,
+                "-m",
+                "pytest",
+                "-n",
+                "auto",
+                "--dist",
+                "worksteal",
+                "-q",
+                "-k",
+                "not emulated",
+                "--ignore=tests/emulator",
+            ],
+            **options,
         )
         return version, exact, f"{seconds:.0f} s", re.sub(r" in ([\d.]+)s.*", r", \1 s", last)
 

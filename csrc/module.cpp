@@ -34,7 +34,7 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["instruction_sets"] = NORMOPS_INSTRUCTION_SETS;
-  info["openmp"] = _OPENMP;
+  info["openmp"] = normops::cpu::kOpenMP;
 #ifdef NORMOPS_CUDA
   info["cuda"] = NORMOPS_CUDA;
 #else

@@ -10,8 +10,8 @@ namespace normops {
 namespace {
 
 template <auto* op, typename Signature = std::remove_pointer_t<decltype(op)>>
-using InFloat32 =
-    at::autocast::WrapFunction<at::autocast::CastPolicy::fp32, c10::DeviceType::CUDA, Signature, Signature, op>::type;
+using InFloat32 = typename at::autocast::WrapFunction<at::autocast::CastPolicy::fp32, c10::DeviceType::CUDA, Signature,
+                                                      Signature, op>::type;
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <tuple>
 
 #include "../statistics.h"
 #include "../tensors.h"
@@ -453,7 +454,8 @@ std::pair<at::Tensor, at::Tensor> zero_statistics(const at::Tensor& input) {
 Tensors2 channel_moments(const at::Tensor& input) {
   at::Tensor x = input;
   const auto view = batch_view({&x});
-  const auto [mean, var] = zero_statistics(input);
+  at::Tensor mean, var;  // which a lambda captures, as clang before 16 does not capture structured bindings
+  std::tie(mean, var) = zero_statistics(input);
   if (view.geometry.elements() == 0) return {mean, var};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
     forward<scalar_t>(view.geometry, {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, {{}, 0}, /*eps=*/1,
@@ -466,7 +468,8 @@ Tensors2 channel_grad_sums(const at::Tensor& grad_output, const at::Tensor& inpu
                            const at::Tensor& var, double eps) {
   at::Tensor x = input, dy = grad_output;
   const auto view = batch_view({&x, &dy});
-  const auto [sum_dy, sum_dy_xhat] = zero_statistics(input);
+  at::Tensor sum_dy, sum_dy_xhat;  // likewise
+  std::tie(sum_dy, sum_dy_xhat) = zero_statistics(input);
   const at::Tensor means = as_parameter(mean, input, input.size(1), at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, input.size(1), at::kDouble, "var");
   if (view.geometry.elements() == 0) return {sum_dy, sum_dy_xhat};

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "../tensors.h"
 #include "kernels.h"
@@ -81,7 +82,8 @@ at::Tensor sum_blocks(const Acc<T>* sums, int64_t blocks, int64_t stride, at::In
 
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered) {
-  const auto [rows, length] = row_shape(input, normalized_ndim);
+  int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
+  std::tie(rows, length) = row_shape(input, normalized_ndim);
   const at::Tensor x = as_rows(input, rows, length);
   // Without the dispatcher: it would take longer than the rows of a small input.
   const auto shape = row_statistics_shape(input, normalized_ndim);
@@ -110,7 +112,8 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
 Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
                            bool centered, Mask3 output_mask) {
-  const auto [rows, length] = row_shape(input, normalized_ndim);
+  int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
+  std::tie(rows, length) = row_shape(input, normalized_ndim);
   TORCH_CHECK(grad_output.sizes() == input.sizes() && grad_output.scalar_type() == input.scalar_type(),
               "normops: expected a gradient like the input (", input.scalar_type(), ", ", input.sizes(), "), got ",
               grad_output.scalar_type(), ", ", grad_output.sizes());

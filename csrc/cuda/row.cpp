@@ -5,6 +5,8 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 
+#include <tuple>
+
 #include "glue.h"
 
 namespace normops::cuda {
@@ -47,7 +49,8 @@ struct Parameters {
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered) {
   const Here here(input);
-  const auto [rows, length] = row_shape(input, normalized_ndim);
+  int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
+  std::tie(rows, length) = row_shape(input, normalized_ndim);
   const at::Tensor x = as_rows(input, rows, length);
   const auto shape = row_statistics_shape(input, normalized_ndim);
   const auto statistics = input.options().dtype(at::kDouble);
@@ -86,7 +89,8 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
                            bool centered, Mask3 output_mask) {
   const Here here(input);
-  const auto [rows, length] = row_shape(input, normalized_ndim);
+  int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
+  std::tie(rows, length) = row_shape(input, normalized_ndim);
   TORCH_CHECK(grad_output.sizes() == input.sizes() && grad_output.scalar_type() == input.scalar_type() &&
                   grad_output.device() == input.device(),
               "normops: expected a gradient like the input (", input.scalar_type(), ", ", input.sizes(), ", ",

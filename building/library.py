@@ -14,7 +14,8 @@ FLAGS = ["-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pr
 FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 
 # A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
-KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = ["-O3", "-fno-math-errno"]
+KERNEL_FLAGS_GCC = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNELS = ["cpu/channel_kernels.cpp", "cpu/row_kernels.cpp"]  # compiled once for each instruction set
 
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
@@ -63,11 +64,12 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
         return ninja.make(target, "cxx", source, flags=shlex.join(flags).replace("$", "$$"), what=f"compile {target}")
 
     objects = []
+    kernel_flags = KERNEL_FLAGS + ([] if compiler.is_clang else KERNEL_FLAGS_GCC)
     for name, flags in sets.items():
         which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
         for kernel in reversed(KERNELS):
             source = csrc / kernel
-            objects.append(compile_one(f"{name}/{source.stem}.o", source, *KERNEL_FLAGS, *flags, *which))
+            objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *flags, *which))
     built = [f"-DNORMOPS_BUILT_{name}" for name in sets]
     for unit, sources in _units(csrc, cuda is not None).items():
         text = "".join(f'#include "{source}"\n' for source in sources)

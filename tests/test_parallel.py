@@ -38,6 +38,13 @@ def test_threads_share_the_work():
     assert _C.threads_used(8) > 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads_are_those_of_torch(count, threads):
+    """An OpenMP runtime of our own beside torch's would have as many threads as there are cores."""
+    threads(count)
+    assert _C.threads_used(4 * count) == count
+
+
 def test_little_work_is_not_shared():
     assert _C.threads_used(1) == 1
 

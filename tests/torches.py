@@ -1,8 +1,8 @@
 """``make test-torches``: builds the library and runs its tests with several versions of torch, and prints a table.
 
 Each version gets an environment and a copy of the source tree of its own in ``build/torches``, kept for the next time.
-The emulated half of the tests is left out: the kernels it runs know nothing of torch. CUDA kernels are compiled too if
-``NORMOPS_CUDA=1``.
+The emulated half of the tests is left out, and so are instruction sets other than the best: they know nothing of
+torch. CUDA kernels are compiled too if ``NORMOPS_CUDA=1``.
 """
 
 import os
@@ -60,7 +60,7 @@ def try_torch(version):
                 "worksteal",
                 "-q",
                 "-k",
-                "not emulated",
+                "not emulated and not other_instruction_sets",
                 "--ignore=tests/emulator",
             ],
             **options,

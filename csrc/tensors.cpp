@@ -8,9 +8,11 @@ namespace normops {
 namespace {
 
 // Segments of a channels_last input are short enough to be shared among threads, within limits that keep float sums
-// exact and the cost of merging small; a channel's positions are split only when they are very many.
-constexpr int64_t kSegmentBytes = 512 * 1024;
-constexpr int64_t kFewestLines = 64, kMostLines = 256;
+// exact and the cost of merging small, and where lines are long they come in fours, so that few of them make equal
+// shares; a channel's positions are split only when they are very many.
+constexpr int64_t kSegmentBytes = 256 * 1024;
+constexpr int64_t kFewestLines = 32, kMostLines = 256;
+constexpr int64_t kEqualShares = 4;
 constexpr int64_t kContiguousSegment = 32 * 1024;
 // Planes are seen as wide channels where there are so many samples.
 constexpr int64_t kFewestSamples = 8;
@@ -57,6 +59,11 @@ at::Tensor as_parameter(const OptionalTensor& tensor, const at::Tensor& input, i
       " of ", tensor->scalar_type(), " on ", tensor->device());
   // Asked first: even a conversion that does nothing is a trip through the dispatcher.
   return tensor->scalar_type() == dtype && tensor->is_contiguous() ? *tensor : tensor->to(dtype).contiguous();
+}
+
+at::Tensor as_own_parameter(const OptionalTensor& tensor, const at::Tensor& input, int64_t numel, const char* name) {
+  const bool own = defined(tensor) && tensor->scalar_type() == input.scalar_type();
+  return as_parameter(tensor, input, numel, own ? input.scalar_type() : acc_type(input), name);
 }
 
 std::pair<int64_t, int64_t> row_shape(const at::Tensor& input, int64_t normalized_ndim) {
@@ -147,6 +154,10 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
   g.segment_length = g.layout == Layout::kContiguous
                          ? kContiguousSegment
                          : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
+  if (g.layout == Layout::kChannelsLast && positions_per_line == 1 && g.positions > g.segment_length) {
+    const int64_t shares = (g.segments_per_sample() + kEqualShares - 1) / kEqualShares * kEqualShares;
+    g.segment_length = (g.positions + shares - 1) / shares;
+  }
   return {g, strides};
 }
 

@@ -35,6 +35,10 @@ inline bool defined(const OptionalTensor& tensor) { return tensor.has_value() &&
 at::Tensor as_parameter(const OptionalTensor& tensor, const at::Tensor& input, int64_t numel, at::ScalarType dtype,
                         const char* name);
 
+// The same in the input's own type, if it has that, or else in the type of the arithmetic: torch's conversion takes
+// longer than a small input.
+at::Tensor as_own_parameter(const OptionalTensor& tensor, const at::Tensor& input, int64_t numel, const char* name);
+
 // (rows, length) of an input whose last `normalized_ndim` dimensions are a row, and the shape of its statistics.
 std::pair<int64_t, int64_t> row_shape(const at::Tensor& input, int64_t normalized_ndim);
 at::DimVector row_statistics_shape(const at::Tensor& input, int64_t normalized_ndim);

@@ -147,15 +147,21 @@ struct Scratch {
   std::unique_ptr<A[]> data;
 };
 
-// A weight or bias, or what an absent one stands for.
-template <typename A>
+// A weight or bias, of the input's type or of the arithmetic's, or what an absent one stands for.
+template <typename T>
 struct Parameter {
-  const A* data;
-  A absent;
+  const T* own = nullptr;
+  const Acc<T>* data = nullptr;
+  double absent;
 
-  Parameter(const at::Tensor& tensor, A absent)
-      : data(tensor.defined() ? tensor.const_data_ptr<A>() : nullptr), absent(absent) {}
-  double operator[](int64_t channel) const { return data ? data[channel] : absent; }
+  Parameter(const at::Tensor& tensor, double absent) : absent(absent) {
+    if (!tensor.defined()) return;
+    if (tensor.scalar_type() == c10::CppTypeToScalarType<T>::value)
+      own = tensor.const_data_ptr<T>();
+    else
+      data = tensor.const_data_ptr<Acc<T>>();
+  }
+  double operator[](int64_t channel) const { return own ? Acc<T>(own[channel]) : data ? data[channel] : absent; }
 };
 
 // Joins, in place and in order, the moments of all segments of a row into those of its first.
@@ -173,8 +179,8 @@ void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t l
 
 // Any of the three stages can be left out: the first where statistics are given, the last where y is null.
 template <typename T>
-void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<Acc<T>> weight, Parameter<Acc<T>> bias,
-             double eps, bool given, double* stat_mean, double* stat_var) {
+void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias, double eps,
+             bool given, double* stat_mean, double* stat_var) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
@@ -253,7 +259,7 @@ struct GradTotals {
 // statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
 // be only a part, and the whole is given as `totals`. The last is left out where dx is null.
 template <typename T>
-void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<Acc<T>> weight,
+void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<T> weight,
               const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
               double* dweight, double* dbias) {
   using A = Acc<T>;
@@ -386,8 +392,8 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
     return {output, mean, var};
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
-    const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
-    const at::Tensor b = as_parameter(bias, input, g.channels, acc_type(input), "bias");
+    const at::Tensor w = as_own_parameter(weight, input, g.channels, "weight");
+    const at::Tensor b = as_own_parameter(bias, input, g.channels, "bias");
     forward<scalar_t>(g, {x.const_data_ptr<scalar_t>(), view.strides[0]},
                       {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, {w, 1}, {b, 0}, eps, given,
                       mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
@@ -428,7 +434,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   if (g.elements() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
-          const at::Tensor w = as_parameter(weight, input, g.channels, acc_type(input), "weight");
+          const at::Tensor w = as_own_parameter(weight, input, g.channels, "weight");
           backward<scalar_t>(
               g, {dy.const_data_ptr<scalar_t>(), view.strides[1]}, {x.const_data_ptr<scalar_t>(), view.strides[0]},
               {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
@@ -496,7 +502,7 @@ at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& i
   if (view.geometry.elements() == 0) return dx;
   TORCH_CHECK(count > 0, "normops: expected count > 0, got ", count);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
-    const at::Tensor w = as_parameter(weight, input, input.size(1), acc_type(input), "weight");
+    const at::Tensor w = as_own_parameter(weight, input, input.size(1), "weight");
     const GradTotals totals{dys.const_data_ptr<double>(), dys_xhat.const_data_ptr<double>(), double(count)};
     backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
                        {x.const_data_ptr<scalar_t>(), view.strides[0]},

@@ -12,7 +12,8 @@ namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
 // Elements of a channels_last line handled at once: their sums live on the stack and stay in the first-level cache.
-constexpr int64_t kBlock = 512;
+// Lines are rarely longer: they are read whole, in the order of memory.
+constexpr int64_t kBlock = 2048;
 static_assert(kWidest <= kBlock);
 
 // Some channels of a channels_last tile. Where a position's channels are few, `repeat` positions are taken for one
@@ -28,6 +29,10 @@ struct Block {
   int64_t period() const { return channels * width; }
   int64_t length() const { return period() * repeat; }
   int64_t whole_lines() const { return positions / repeat; }
+  template <typename T>
+  int64_t padded() const {
+    return (length() + Pack<T>::kSize - 1) / Pack<T>::kSize * Pack<T>::kSize;
+  }
 
   // f(position, lines, length) for the lines of whole length, then for what is left.
   template <typename F>
@@ -46,10 +51,14 @@ struct Block {
   // `source` holds a value per channel of the block, `target` one per element of the line in pack order.
   template <typename T, typename S>
   void spread(const S* source, Acc<T>* target) const {
-    alignas(64) Acc<T> natural[kBlock] = {};
-    for (int64_t r = 0; r < repeat; ++r) {
-      for (int64_t c = 0; c < channels; ++c) std::fill_n(natural + r * period() + c * width, width, Acc<T>(source[c]));
+    alignas(64) Acc<T> natural[kBlock];
+    if (width == 1) {
+      std::copy_n(source, channels, natural);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) std::fill_n(natural + c * width, width, Acc<T>(source[c]));
     }
+    for (int64_t r = 1; r < repeat; ++r) std::copy_n(natural, period(), natural + r * period());
+    std::fill(natural + length(), natural + padded<T>(), Acc<T>(0));
     for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
       load_natural<T>(natural + j, Full{}).store_packed(target + j);
   }
@@ -63,10 +72,14 @@ struct Block {
       store_natural<T>(Pack<T>::load_packed(source + j), natural + j, Full{});
     std::fill_n(target, channels, 0.0);
     for (int64_t r = 0; r < repeat; ++r) {
+      const A* const own = natural + r * period();
+      if (width == 1) {
+        for (int64_t c = 0; c < channels; ++c) target[c] += own[c];
+        continue;
+      }
       for (int64_t c = 0; c < channels; ++c) {
-        const A* const own = natural + r * period() + c * width;
-        target[c] += width == 1 ? own[0] : sum_along<A, 1>(width, [&](int64_t j, auto lanes, Pack<A>* sums) {
-          sums[0] = sums[0] + Pack<A>::load(own + j, lanes);
+        target[c] += sum_along<A, 1>(width, [&](int64_t j, auto lanes, Pack<A>* sums) {
+          sums[0] = sums[0] + Pack<A>::load(own + c * width + j, lanes);
         })[0];
       }
     }
@@ -110,14 +123,14 @@ NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double*
   for_blocks<T>(tile, [&](const Block& block) {
     double* const block_mean = mean + block.first;
     double* const block_m2 = m2 + block.first;
-    alignas(64) A center[kBlock] = {};
+    alignas(64) A center[kBlock];
     // The first guess: the mean of a few lines from all over the tile.
     constexpr int64_t kFew = 8;
     const int64_t few = std::min(kFew, block.whole_lines()), step = block.whole_lines() / few;
     const Lines<const T> all = block.lines(x, 0), some{all.data, all.stride * step};
-    sum_across<T, 1>(few, block.length(), center, 0, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-      s[0] = s[0] + Pack<T>::load(some[line] + j, lanes);
-    });
+    std::fill_n(center, block.padded<T>(), A(0));
+    sum_across<T, 1>({some}, few, block.length(), center, 0,
+                     [](int64_t, const Pack<T>* v, int64_t, auto, Pack<T>* s) { s[0] = s[0] + v[0]; });
     block.fold<T>(center, block_mean);
     const double few_inverse = 1.0 / (few * block.repeat * block.width);
     for (int64_t c = 0; c < block.channels; ++c) block_mean[c] = A(block_mean[c] * few_inverse);
@@ -126,23 +139,23 @@ NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double*
     double first[kBlock];
     bool near = false;
     for (int pass = 0; pass < 2 && !near; ++pass) {
-      alignas(64) A sums[2][kBlock] = {};
+      alignas(64) A sums[2][kBlock];
+      for (A* const sum : sums) std::fill_n(sum, block.padded<T>(), A(0));
       block.spread<T>(block_mean, center);
       block.each([&](int64_t position, int64_t lines, int64_t length) {
-        const Lines<const T> from = block.lines(x, position);
-        sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-          const Pack<T> d = (Pack<T>::load(from[line] + j, lanes) - Pack<T>::load_packed(center + j)).masked(lanes);
-          s[0] = s[0] + d;
-          s[1] = fmadd(d, d, s[1]);
-        });
+        sum_across<T, 2>({block.lines(x, position)}, lines, length, sums[0], kBlock,
+                         [&](int64_t, const Pack<T>* v, int64_t j, auto lanes, Pack<T>* s) {
+                           const Pack<T> d = (v[0] - Pack<T>::load_packed(center + j)).masked(lanes);
+                           s[0] = s[0] + d;
+                           s[1] = fmadd(d, d, s[1]);
+                         });
       });
       block.fold<T>(sums[0], first);
       block.fold<T>(sums[1], block_m2);
       near = true;
-      for (int64_t c = 0; pass == 0 && c < block.channels; ++c) {
-        if (guess_was_near(first[c], block_m2[c], inverse)) continue;
-        block_mean[c] = A(block_mean[c] + first[c] * inverse);
-        near = false;
+      for (int64_t c = 0; c < block.channels; ++c) near &= guess_was_near(first[c], block_m2[c], inverse);
+      for (int64_t c = 0; pass == 0 && !near && c < block.channels; ++c) {
+        if (!guess_was_near(first[c], block_m2[c], inverse)) block_mean[c] = A(block_mean[c] + first[c] * inverse);
       }
     }
     for (int64_t c = 0; c < block.channels; ++c) {
@@ -158,32 +171,36 @@ NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, 
                          double* sum_dy_x) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
-    for (int64_t c = 0; c < tile.channels; ++c) {
-      sum_dy[c] = sum_dy_x[c] = 0;
-      for (int64_t begin = 0; begin < tile.positions; begin += kChunk) {
-        const auto [first, second] =
-            sum_along<T, 2>(std::min(kChunk, tile.positions - begin), [&](int64_t j, auto lanes, Pack<T>* s) {
-              const Pack<T> g = Pack<T>::load(dy[c] + begin + j, lanes);
+    std::fill_n(sum_dy, tile.channels, 0.0);
+    std::fill_n(sum_dy_x, tile.channels, 0.0);
+    for (int64_t c = 0; c < tile.channels; c += kLinesTogether<T>) {
+      const int64_t lines = std::min<int64_t>(kLinesTogether<T>, tile.channels - c);
+      for (int64_t begin = 0; begin < tile.positions; begin += kHalfChunk) {
+        const auto sums = sums_along<T, 2, kLinesTogether<T>, kUnrolled>(
+            lines, std::min(kHalfChunk, tile.positions - begin), [&](int64_t i, int64_t j, auto lanes, Pack<T>* s) {
+              const Pack<T> g = Pack<T>::load(dy[c + i] + begin + j, lanes);
               s[0] = s[0] + g;
-              s[1] = fmadd(g, Pack<T>::load(x[c] + begin + j, lanes) - center[c], s[1]);
+              s[1] = fmadd(g, Pack<T>::load(x[c + i] + begin + j, lanes) - center[c + i], s[1]);
             });
-        sum_dy[c] += first;
-        sum_dy_x[c] += second;
+        for (int64_t i = 0; i < lines; ++i) {
+          sum_dy[c + i] += sums[2 * i];
+          sum_dy_x[c + i] += sums[2 * i + 1];
+        }
       }
     }
     return;
   }
   for_blocks<T>(tile, [&](const Block& block) {
-    alignas(64) A centers[kBlock] = {};
-    alignas(64) A sums[2][kBlock] = {};
+    alignas(64) A centers[kBlock];
+    alignas(64) A sums[2][kBlock];
+    for (A* const sum : sums) std::fill_n(sum, block.padded<T>(), A(0));
     block.spread<T>(center + block.first, centers);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
-      const Lines<const T> from = block.lines(x, position), grads = block.lines(dy, position);
-      sum_across<T, 2>(lines, length, sums[0], kBlock, [&](int64_t line, int64_t j, auto lanes, Pack<T>* s) {
-        const Pack<T> g = Pack<T>::load(grads[line] + j, lanes);
-        s[0] = s[0] + g;
-        s[1] = fmadd(g, Pack<T>::load(from[line] + j, lanes) - Pack<T>::load_packed(centers + j), s[1]);
-      });
+      sum_across<T, 2>({block.lines(dy, position), block.lines(x, position)}, lines, length, sums[0], kBlock,
+                       [&](int64_t, const Pack<T>* v, int64_t j, auto, Pack<T>* s) {
+                         s[0] = s[0] + v[0];
+                         s[1] = fmadd(v[0], v[1] - Pack<T>::load_packed(centers + j), s[1]);
+                       });
     });
     block.fold<T>(sums[0], sum_dy + block.first);
     block.fold<T>(sums[1], sum_dy_x + block.first);
@@ -214,7 +231,7 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out
     return;
   }
   for_blocks<T>(tile, [&](const Block& block) {
-    alignas(64) Acc<T> packed[kArrays][kBlock] = {};
+    alignas(64) Acc<T> packed[kArrays][kBlock];
     for (int k = 0; k < kArrays; ++k) block.spread<T>(arrays[k] + block.first, packed[k]);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       for (int64_t line = 0; line < lines; ++line) {

@@ -70,7 +70,7 @@ struct RowBackward {
   const double* mean;
   const double* rstd;
   bool centered;
-  Acc<T>* dweight;  // sums over the rows of one call are added to these two; null: not wanted
+  Acc<T>* dweight;  // sums over the rows of one call are added to these two, parts of one array; null: not wanted
   Acc<T>* dbias;
 };
 

@@ -14,43 +14,89 @@
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
-// Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms).
+// Sums of kTerms quantities along each of up to kLines lines: term(line, j, lanes, sums) adds the pack at j to
+// sums[0..kTerms). Summing up the lanes takes as long as some packs of a line, so that is done for all lines together.
+template <typename T, int kTerms, int kLines, int kUnroll, typename Term>
+NORMOPS_INLINE std::array<Acc<T>, kLines * kTerms> sums_along(int64_t lines, int64_t length, Term term) {
+  Pack<T> totals[kLines * kTerms];
+  for (int64_t line = 0; line < lines; ++line) {
+    Pack<T> sums[kUnroll][kTerms];
+    sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(line, j, lanes, sums[u]); });
+    for (int k = 0; k < kTerms; ++k) {
+      for (int step = kUnroll / 2; step > 0; step /= 2) {
+        for (int u = 0; u < step; ++u) sums[u][k] = sums[u][k] + sums[u + step][k];
+      }
+      totals[line * kTerms + k] = sums[0][k];
+    }
+  }
+  return sums_of<T>(totals);
+}
+
+// The same for one line: term(j, lanes, sums).
 template <typename T, int kTerms, typename Term>
 NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
   constexpr int kUnroll = NORMOPS_PLAIN ? 1 : 8 / (kTerms * Pack<T>::kParts);
-  Pack<T> sums[kUnroll][kTerms];
-  sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
-  std::array<Acc<T>, kTerms> result;
-  for (int k = 0; k < kTerms; ++k) {
-    for (int step = kUnroll / 2; step > 0; step /= 2) {
-      for (int u = 0; u < step; ++u) sums[u][k] = sums[u][k] + sums[u + step][k];
-    }
-    result[k] = sums[0][k].sum();
-  }
-  return result;
+  return sums_along<T, kTerms, 1, kUnroll>(
+      1, length, [&](int64_t, int64_t j, auto lanes, Pack<T>* sums) { term(j, lanes, sums); });
 }
 
-// Sums of kTerms quantities across lines, one per element of the line: term(line, j, lanes, sums) adds the pack
-// at j of one line. Four lines at a time, so that the sums (kTerms arrays in pack order, `stride` apart) are loaded and
-// stored once for four lines and memory is read in a few long streams.
-template <typename T, int kTerms, typename Term>
-NORMOPS_INLINE void sum_across(int64_t lines, int64_t length, Acc<T>* sums, int64_t stride, Term term) {
-  const auto add = [&](int64_t first, auto count) {
-    sweep<T>(length, [&](int64_t j, auto lanes, auto) {
-      Pack<T> totals[kTerms];
-      for (int k = 0; k < kTerms; ++k) totals[k] = Pack<T>::load_packed(sums + k * stride + j);
-      unroll<count>([&](auto i) { term(first + i, j, lanes, totals); });
-      for (int k = 0; k < kTerms; ++k) totals[k].store_packed(sums + k * stride + j);
-    });
-  };
-  int64_t line = 0;
-  constexpr int kTogether = NORMOPS_PLAIN ? 1 : 4;
-  for (; line + kTogether <= lines; line += kTogether) add(line, std::integral_constant<int, kTogether>{});
-  for (; line < lines; ++line) add(line, std::integral_constant<int, 1>{});
+// Lines of which two quantities are summed together.
+template <typename T>
+constexpr int kLinesTogether = std::min<int64_t>(4, Pack<T>::kLanes / 2);
+constexpr int kUnrolled = NORMOPS_PLAIN ? 1 : 2;  // packs of such a line in flight
+
+// Sums of kTerms quantities across lines, one per element of the line: term(line, values, j, lanes, sums) adds the
+// packs at j of one line of each operand to the sums, which are kTerms arrays in pack order, `stride` apart. A few
+// lines at a time are walked down in panels, as wide as registers hold sums for. That is not the order in which they
+// lie in memory: meanwhile the next few lines are asked for in that order.
+template <typename T, int kTerms, int kOperands, typename Term>
+NORMOPS_INLINE void sum_across(const Lines<const T> (&operands)[kOperands], int64_t lines, int64_t length, Acc<T>* sums,
+                               int64_t stride, Term term) {
+  constexpr int64_t kSize = Pack<T>::kSize, kBytesAtOnce = 8 * 1024, kCacheLine = 64 / sizeof(T);
+  constexpr int kPanel = NORMOPS_PLAIN ? 1 : 4 / Pack<T>::kParts;
+  const int64_t at_once = std::max<int64_t>(4, kBytesAtOnce / sizeof(T) / length);
+  for (int64_t first = 0; first < lines; first += at_once) {
+    const int64_t last = std::min(first + at_once, lines);
+    int64_t next_line = last, next = 0;
+    const auto ask = [&](int64_t elements) {
+      if (next_line >= lines || length <= kPanel * kSize) return;  // one panel: this is the order of memory
+      for (const Lines<const T>& operand : operands) {
+        for (int64_t i = 0; i < elements; i += kCacheLine) __builtin_prefetch(operand[next_line] + next + i, 0, 2);
+      }
+      next += elements;
+      if (next < length) return;
+      next = 0;
+      ++next_line;
+    };
+    const auto panel = [&](int64_t j, auto packs, auto lanes) {
+      Pack<T> totals[packs][kTerms];
+      unroll<packs>([&](auto u) {
+        for (int k = 0; k < kTerms; ++k) totals[u][k] = Pack<T>::load_packed(sums + k * stride + j + u * kSize);
+      });
+      for (int64_t line = first; line < last; ++line) {
+        ask(packs * kSize);
+        unroll<packs>([&](auto u) {
+          Pack<T> values[kOperands];
+          for (int i = 0; i < kOperands; ++i) values[i] = Pack<T>::load(operands[i][line] + j + u * kSize, lanes);
+          term(line, values, j + u * kSize, lanes, totals[u]);
+        });
+      }
+      unroll<packs>([&](auto u) {
+        for (int k = 0; k < kTerms; ++k) totals[u][k].store_packed(sums + k * stride + j + u * kSize);
+      });
+    };
+    int64_t j = 0;
+    if constexpr (kPanel > 1) {
+      for (; j + kPanel * kSize <= length; j += kPanel * kSize) panel(j, std::integral_constant<int, kPanel>{}, Full{});
+    }
+    for (; j + kSize <= length; j += kSize) panel(j, std::integral_constant<int, 1>{}, Full{});
+    if (j < length) panel(j, std::integral_constant<int, 1>{}, Tail{length - j});
+  }
 }
 
 // Sums in float are taken over at most this many elements before they go on in double.
 constexpr int64_t kChunk = 4096;
+constexpr int64_t kHalfChunk = kChunk / 2;  // where only half as many sums are kept side by side
 
 // Deviations from a guess at the mean, n of them, with sum `first` and sum of squares `second`, give the moments by the
 // corrected formula: mean = guess + first / n, M2 = second - first^2 / n. The last difference keeps its digits as long

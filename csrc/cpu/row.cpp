@@ -43,10 +43,9 @@ struct RowParameter {
 
   RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t length, const char* name) {
     if (!defined(parameter)) return;
-    const bool own = parameter->scalar_type() == input.scalar_type();
-    tensor = as_parameter(parameter, input, length, own ? input.scalar_type() : acc_type(input), name);
+    tensor = as_own_parameter(parameter, input, length, name);
     const Kernels<T>& kernel = kernels().of<T>();
-    const bool widen = own && !std::is_same_v<T, Acc<T>>;
+    const bool widen = tensor.scalar_type() != acc_type(input);
     if (!widen && kernel.memory_order && length % kernel.pack_size == 0) return;
     const at::Tensor packed = at::detail::empty_cpu({padded(length)}, input.options().dtype(acc_type(input)));
     Acc<T>* const target = packed.mutable_data_ptr<Acc<T>>();

@@ -157,68 +157,61 @@ NORMOPS_KERNEL short_row_backward(const RowBackward<T>& a, int64_t begin, int64_
   });
 }
 
+// dx = rstd * g + slope * (x - center) + shift for `count` rows, which the first walk brings into the cache, and the
+// coefficients of these rows.
 template <typename T>
-NORMOPS_INLINE RowCoefficients<T> row_coefficients(const RowBackward<T>& a, const RowParameter<T>& weight,
-                                                   int64_t row) {
-  RowCoefficients<T> c(a.mean[row], a.rstd[row]);
-  if (a.dx.data == nullptr) return c;
-  const T* dy = a.dy[row];
-  const T* x = a.x[row];
-  double sum_g = 0, sum_g_x = 0;
-  for (int64_t from = 0; from < a.length; from += kChunk) {
-    const auto [first, second] =
-        sum_along<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, Pack<T>* sums) {
-          const int64_t j = from + i;
-          const Pack<T> g = Pack<T>::load(dy + j, lanes) * weight[j];
-          sums[0] = sums[0] + g;
-          sums[1] = fmadd(g, Pack<T>::load(x + j, lanes) - c.center, sums[1]);
+NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, const RowParameter<T>& weight, int64_t row, int64_t count,
+                                  RowCoefficients<T>* c) {
+  for (int64_t r = 0; r < count; ++r) c[r] = RowCoefficients<T>(a.mean[row + r], a.rstd[row + r]);
+  if (a.dx.data == nullptr) return;
+  double sums[kLinesTogether<T>][2] = {};
+  for (int64_t from = 0; from < a.length; from += kHalfChunk) {
+    const auto part = sums_along<T, 2, kLinesTogether<T>, kUnrolled>(
+        count, std::min(kHalfChunk, a.length - from), [&](int64_t r, int64_t i, auto lanes, Pack<T>* s) {
+          const Pack<T> g = Pack<T>::load(a.dy[row + r] + from + i, lanes) * weight[from + i];
+          s[0] = s[0] + g;
+          s[1] = fmadd(g, Pack<T>::load(a.x[row + r] + from + i, lanes) - c[r].center, s[1]);
         });
-    sum_g += first;
-    sum_g_x += second;
+    for (int64_t r = 0; r < count; ++r) {
+      sums[r][0] += part[2 * r];
+      sums[r][1] += part[2 * r + 1];
+    }
   }
-  c.set_sums(sum_g, sum_g_x, 1.0 / a.length, a.centered);
-  return c;
+  for (int64_t r = 0; r < count; ++r) {
+    c[r].set_sums(sums[r][0], sums[r][1], 1.0 / a.length, a.centered);
+    const T* const dy = a.dy[row + r];
+    const T* const x = a.x[row + r];
+    T* const dx = a.dx[row + r];
+    const Pack<T> center = c[r].center, rstd = c[r].rstd, slope = c[r].slope, shift = c[r].shift;
+    sweep<T, kUnrolled>(a.length, [&](int64_t j, auto lanes, auto) {
+      const Pack<T> g = Pack<T>::load(dy + j, lanes) * weight[j];
+      fmadd(g, rstd, fmadd(Pack<T>::load(x + j, lanes) - center, slope, shift)).store(dx + j, lanes);
+    });
+  }
 }
 
-constexpr int kRows = NORMOPS_PLAIN ? 1 : 4;
-
-template <typename T, bool kDx, bool kParams>
+// dx row by row, so that memory is read and written in turns; and then, for some rows together, the sums for dweight
+// and dbias, whose stores would otherwise queue behind those to dx, which wait for memory.
+template <typename T>
 NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  if (a.length == 0) return;
+  constexpr int64_t kRows = 8, kBytes = 4 * 1024;
   const RowParameter<T> weight(a.weight, 1);
-  const auto rows = [&](int64_t first, auto count) {
-    RowCoefficients<T> c[count];
-    for (int r = 0; r < count; ++r) c[r] = row_coefficients<T>(a, weight, first + r);
-    // Rows that no cache would hold until their turn are not asked for.
-    const int64_t next = a.length * int64_t(sizeof(T)) <= 128 * 1024 ? std::min(first + count, end - count) : first;
-    sweep<T>(a.length, [&](int64_t j, auto lanes, auto) {
-      Pack<T> w, dweight, dbias;
-      if constexpr (kDx) w = weight[j];
-      if constexpr (kParams) {
-        dweight = Pack<T>::load_packed(a.dweight + j);
-        dbias = Pack<T>::load_packed(a.dbias + j);
-      }
-      unroll<count>([&](auto r) {
-        prefetch(a.dy[next + r] + j);
-        prefetch(a.x[next + r] + j);
-        const Pack<T> g = Pack<T>::load(a.dy[first + r] + j, lanes);
-        const Pack<T> d = Pack<T>::load(a.x[first + r] + j, lanes) - c[r].center;
-        if constexpr (kParams) {
-          dweight = fmadd(g, fmadd(d, c[r].rstd, c[r].low), dweight);
-          dbias = dbias + g;
-        }
-        if constexpr (kDx) {
-          fmadd(g * w, c[r].rstd, fmadd(d, c[r].slope, c[r].shift)).store(a.dx[first + r] + j, lanes);
-        }
-      });
-      if constexpr (kParams) {
-        dweight.store_packed(a.dweight + j);
-        dbias.store_packed(a.dbias + j);
-      }
-    });
-  };
-  int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) rows(row, std::integral_constant<int, kRows>{});
-  for (; row < end; ++row) rows(row, std::integral_constant<int, 1>{});
+  const int64_t at_once = std::clamp<int64_t>(kBytes / sizeof(T) / a.length, 1, kLinesTogether<T>);
+  for (int64_t row = begin; row < end; row += kRows) {
+    const int64_t rows = std::min(kRows, end - row);
+    RowCoefficients<T> c[kRows];
+    for (int64_t r = 0; r < rows; r += at_once) {
+      rows_backward(a, weight, row + r, std::min(at_once, rows - r), c + r);
+    }
+    if (a.dweight == nullptr) continue;
+    const Lines<const T> dy{a.dy[row], a.dy.stride}, x{a.x[row], a.x.stride};
+    sum_across<T, 2>({dy, x}, rows, a.length, a.dbias, a.dweight - a.dbias,
+                     [&](int64_t r, const Pack<T>* v, int64_t, auto, Pack<T>* s) {
+                       s[0] = s[0] + v[0];
+                       s[1] = fmadd(v[0], fmadd(v[1] - c[r].center, c[r].rstd, c[r].low), s[1]);
+                     });
+  }
 }
 
 template <typename T>
@@ -231,12 +224,7 @@ void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
 template <typename T>
 void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   if (if_short<T>(a.length, [&](auto packs) { short_row_backward<T, packs>(a, begin, end); })) return;
-  const bool dx = a.dx.data != nullptr;
-  const bool params = a.dweight != nullptr;
-  const auto run = dx && params ? row_backward<T, true, true>
-                   : dx         ? row_backward<T, true, false>
-                                : row_backward<T, false, true>;
-  run(a, begin, end);
+  row_backward(a, begin, end);
 }
 
 template <typename T>

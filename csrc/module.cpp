@@ -45,8 +45,8 @@ py::dict build_info() {
 
 }  // namespace
 
-// Without py::mod_gil_not_used(), as nothing has been tried without Python's lock: a free-threaded Python turns its lock
-// on when it imports this, and warns.
+// Without py::mod_gil_not_used(), as nothing has been tried without Python's lock: a free-threaded Python turns its
+// lock on when it imports this, and warns.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of normops; importing it registers torch.ops.normops.";
   m.def("build_info", &build_info, "What the library was built with.");

@@ -17,8 +17,12 @@ using InFloat32 = typename at::autocast::WrapFunction<at::autocast::CastPolicy::
 
 TORCH_LIBRARY_IMPL(normops, AutocastCUDA, m) {
   m.impl("layer_norm", TORCH_FN(InFloat32<ops::layer_norm>::call));
-  m.impl("rms_norm", TORCH_FN(InFloat32<ops::rms_norm>::call));
   m.impl("group_norm", TORCH_FN(InFloat32<ops::group_norm>::call));
+  // Torch 2.11 leaves rms_norm in the dtype it comes in.
+  const auto theirs = c10::Dispatcher::singleton().findSchemaOrThrow("aten::rms_norm", "");
+  if (theirs.hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA)) {
+    m.impl("rms_norm", TORCH_FN(InFloat32<ops::rms_norm>::call));
+  }
 }
 
 }  // namespace normops

@@ -269,7 +269,8 @@ struct BatchNormForm {
     if (auto results = try_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)) {
       return *results;
     }
-    return original<Form>(keys).template call<Tensors3>(input, weight, bias, running_mean, running_var, training, momentum, eps);
+    return original<Form>(keys).template call<Tensors3>(input, weight, bias, running_mean, running_var, training,
+                                                        momentum, eps);
   }
 };
 

@@ -161,6 +161,18 @@ class Rounds:
         return len(next(iter(self.times.values())))
 
 
+def settle(
+    watch: Watcher,
+    limit: float,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Waits until nothing else runs, but `limit` seconds at most."""
+    until = clock() + limit
+    while clock() < until and not watch.quiet():
+        sleep(PAUSE)
+
+
 def collect(
     take_round: Callable[[int], dict[str, float]],
     watch: Watcher,
@@ -178,15 +190,13 @@ def collect(
     enough = rounds or min_rounds
     spent = Snapshot(0.0)
 
-    def settle() -> None:
-        until = clock() + min(PATIENCE * seconds, watch.patience)
-        while clock() < until and not watch.quiet():
-            sleep(PAUSE)
+    def wait() -> None:
+        settle(watch, min(PATIENCE * seconds, watch.patience), clock, sleep)
 
     gc.collect()  # now, rather than in between: no round leaves much behind
     start = clock()
     if watch.disturbed:
-        settle()
+        wait()
     while True:
         watch.begin()
         times = take_round(len(quiet) + len(disturbed))
@@ -205,7 +215,7 @@ def collect(
             doubts = [sign for sign, _ in reasons.most_common()]
             break
         if signs:
-            settle()
+            wait()
     if disturbed:
         watch.patience = max(0.0, watch.patience - max(0.0, elapsed - seconds))
     kept = quiet if len(quiet) >= enough else quiet + disturbed

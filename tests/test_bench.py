@@ -475,6 +475,7 @@ def test_whole_step_of_a_model(monkeypatch):
         lambda: {"input": torch.randn(2, 3, 8, 8)},
     )
     monkeypatch.setattr(measure, "MODELS", [tiny])
+    monkeypatch.setattr(measure, "WAIT", 0.0)
     timing = measure.time_model("tiny", "default", 0.0, compiled=False)
     assert timing.agrees and timing.rounds >= measure.MIN_ROUNDS
     assert {"norm forward", "norm backward", "norm", "activations", "step"} <= set(timing.parts)

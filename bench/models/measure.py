@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import normops
-from bench.disturbance import collect
+from bench.disturbance import collect, settle
 from bench.measure import Comparison, largest_errors
 from bench.models.step import PARTS, Step, peak_memory, seconds, seconds_by_part
 from bench.models.zoo import MODELS, Model
 from bench.worker import station
 
 MIN_ROUNDS = 3
+WAIT = 30.0  # seconds for the machine to come to rest: beside another process a model may take ten times as long
 TOLERANCE = 1e-2  # of outputs, in float32: a deep network amplifies differences of rounding
 
 
@@ -37,6 +38,7 @@ class ModelTiming:
 
 def time_model(name: str, malloc: str, how_long: float, compiled: bool) -> ModelTiming:
     model = next(model for model in MODELS if model.name == name)
+    settle(station().watch, WAIT)
     torch.manual_seed(0)
     module, inputs = model.make(), model.make_inputs()
     ours = normops.convert(copy.deepcopy(module))

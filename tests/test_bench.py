@@ -16,7 +16,7 @@ for library in "matplotlib", "rich", "sklearn":
 # ruff: noqa: E402
 from rich.console import Console
 
-from bench import layers, report
+from bench import layers, report, worker
 from bench.cases import DTYPES, LAYERS, LAYOUTS, SELECTIONS, Case, timed_cases
 from bench.charts import write_charts
 from bench.disturbance import (
@@ -409,7 +409,8 @@ class TestTurns:
             assert turn(number) == {"short": 1.0, "long": 3.0}
 
     @pytest.mark.parametrize("null", [False, True])
-    def test_case(self, null):
+    def test_case(self, null, monkeypatch):
+        monkeypatch.setattr(worker.station(), "watch", Watch())
         case = Case("layer_norm", (16, 32), "float32", "contiguous", "cpu")
         regimes = [HEADLINE, Regime("warm", "default")]
         timings = time_case(case, regimes, How(seconds=0.0, rounds=2), null)
@@ -475,7 +476,7 @@ def test_whole_step_of_a_model(monkeypatch):
         lambda: {"input": torch.randn(2, 3, 8, 8)},
     )
     monkeypatch.setattr(measure, "MODELS", [tiny])
-    monkeypatch.setattr(measure, "WAIT", 0.0)
+    monkeypatch.setattr(worker.station(), "watch", Watch())
     timing = measure.time_model("tiny", "default", 0.0, compiled=False)
     assert timing.agrees and timing.rounds >= measure.MIN_ROUNDS
     assert {"norm forward", "norm backward", "norm", "activations", "step"} <= set(timing.parts)

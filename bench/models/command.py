@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = parse(parser(), argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each profile prints two lines; read by the workers
+    # Read by the workers. Each profile would print two lines, and say that it knows no memory from before it began.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     missing = [name for name in LIBRARIES if not importlib.util.find_spec(name)]
     console = make_console()
     if len(missing) == len(LIBRARIES):

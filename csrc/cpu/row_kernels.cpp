@@ -26,26 +26,9 @@ double sum_of_squares(const T* x, int64_t length) {
   return total;
 }
 
-// A weight or bias along a row, or the number that stands for an absent one: kernels read either.
-template <typename T>
-class RowParameter {
- public:
-  NORMOPS_INLINE RowParameter(const Acc<T>* given, Acc<T> absent)
-      : data_(given ? given : absent_), step_(given ? 1 : 0) {
-    Pack<T>(absent).store_packed(absent_);
-  }
-  NORMOPS_INLINE Pack<T> operator[](int64_t j) const { return Pack<T>::load_packed(data_ + j * step_); }
-
- private:
-  alignas(64) Acc<T> absent_[Pack<T>::kSize];
-  const Acc<T>* data_;
-  int64_t step_;
-};
-
-template <typename T>
+template <typename T, bool kWeight, bool kBias>
 NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const RowParameter<T> weight(a.weight, 1), bias(a.bias, 0);
   const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.x[row];
@@ -64,8 +47,15 @@ NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
       sweep<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, auto) {
         const int64_t j = from + i;
         if (a.length <= kChunk) prefetch(next + j);
-        const Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
-        fmadd(v, weight[j], bias[j]).store(y + j, lanes);
+        Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
+        if constexpr (kWeight && kBias) {
+          v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
+        } else if constexpr (kWeight) {
+          v = v * Pack<T>::load_packed(a.weight + j);
+        } else if constexpr (kBias) {
+          v = v + Pack<T>::load_packed(a.bias + j);
+        }
+        v.store(y + j, lanes);
       });
     }
   }
@@ -74,11 +64,10 @@ NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
 template <typename T, int kPacks>
 NORMOPS_KERNEL short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   ShortLines<T, kPacks> lines(a.length);
-  const RowParameter<T> w(a.weight, 1), b(a.bias, 0);
   Pack<T> weight[kPacks], bias[kPacks];
   lines.line[0].each([&](int i, int64_t j, auto) {
-    weight[i] = w[j];
-    bias[i] = b[j];
+    weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1);
+    bias[i] = a.bias ? Pack<T>::load_packed(a.bias + j) : Pack<T>(0);
   });
   const double inverse = 1.0 / a.length;
   for (int64_t row = begin; row < end; row += lines.kCount) {
@@ -125,9 +114,8 @@ struct RowCoefficients {
 template <typename T, int kPacks>
 NORMOPS_KERNEL short_row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   ShortLine<T, kPacks> dy(a.length), x(a.length);
-  const RowParameter<T> w(a.weight, 1);
   Pack<T> weight[kPacks], dweight[kPacks], dbias[kPacks];
-  dy.each([&](int i, int64_t j, auto) { weight[i] = w[j]; });
+  dy.each([&](int i, int64_t j, auto) { weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1); });
   for (int64_t row = begin; row < end; ++row) {
     RowCoefficients<T> c(a.mean[row], a.rstd[row]);
     dy.load(a.dy[row]);
@@ -159,16 +147,22 @@ NORMOPS_KERNEL short_row_backward(const RowBackward<T>& a, int64_t begin, int64_
 
 // dx = rstd * g + slope * (x - center) + shift for `count` rows, which the first walk brings into the cache, and the
 // coefficients of these rows.
-template <typename T>
-NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, const RowParameter<T>& weight, int64_t row, int64_t count,
-                                  RowCoefficients<T>* c) {
+template <typename T, bool kWeight>
+NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t count, RowCoefficients<T>* c) {
+  const auto load_scaled = [&](const T* dy, int64_t j, auto lanes) {
+    const Pack<T> g = Pack<T>::load(dy + j, lanes);
+    if constexpr (kWeight)
+      return g * Pack<T>::load_packed(a.weight + j);
+    else
+      return g;
+  };
   for (int64_t r = 0; r < count; ++r) c[r] = RowCoefficients<T>(a.mean[row + r], a.rstd[row + r]);
   if (a.dx.data == nullptr) return;
   double sums[kLinesTogether<T>][2] = {};
   for (int64_t from = 0; from < a.length; from += kHalfChunk) {
     const auto part = sums_along<T, 2, kLinesTogether<T>, kUnrolled>(
         count, std::min(kHalfChunk, a.length - from), [&](int64_t r, int64_t i, auto lanes, Pack<T>* s) {
-          const Pack<T> g = Pack<T>::load(a.dy[row + r] + from + i, lanes) * weight[from + i];
+          const Pack<T> g = load_scaled(a.dy[row + r], from + i, lanes);
           s[0] = s[0] + g;
           s[1] = fmadd(g, Pack<T>::load(a.x[row + r] + from + i, lanes) - c[r].center, s[1]);
         });
@@ -184,7 +178,7 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, const RowParameter<T>
     T* const dx = a.dx[row + r];
     const Pack<T> center = c[r].center, rstd = c[r].rstd, slope = c[r].slope, shift = c[r].shift;
     sweep<T, kUnrolled>(a.length, [&](int64_t j, auto lanes, auto) {
-      const Pack<T> g = Pack<T>::load(dy + j, lanes) * weight[j];
+      const Pack<T> g = load_scaled(dy, j, lanes);
       fmadd(g, rstd, fmadd(Pack<T>::load(x + j, lanes) - center, slope, shift)).store(dx + j, lanes);
     });
   }
@@ -192,17 +186,16 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, const RowParameter<T>
 
 // dx row by row, so that memory is read and written in turns; and then, for some rows together, the sums for dweight
 // and dbias, whose stores would otherwise queue behind those to dx, which wait for memory.
-template <typename T>
+template <typename T, bool kWeight>
 NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   if (a.length == 0) return;
   constexpr int64_t kRows = 8, kBytes = 4 * 1024;
-  const RowParameter<T> weight(a.weight, 1);
   const int64_t at_once = std::clamp<int64_t>(kBytes / sizeof(T) / a.length, 1, kLinesTogether<T>);
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = std::min(kRows, end - row);
     RowCoefficients<T> c[kRows];
     for (int64_t r = 0; r < rows; r += at_once) {
-      rows_backward(a, weight, row + r, std::min(at_once, rows - r), c + r);
+      rows_backward<T, kWeight>(a, row + r, std::min(at_once, rows - r), c + r);
     }
     if (a.dweight == nullptr) continue;
     const Lines<const T> dy{a.dy[row], a.dy.stride}, x{a.x[row], a.x.stride};
@@ -217,14 +210,18 @@ NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end)
 template <typename T>
 void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   if (!if_short<T>(a.length, [&](auto packs) { short_row_forward<T, packs>(a, begin, end); })) {
-    row_forward<T>(a, begin, end);
+    const auto run = a.weight && a.bias ? row_forward<T, true, true>
+                     : a.weight         ? row_forward<T, true, false>
+                     : a.bias           ? row_forward<T, false, true>
+                                        : row_forward<T, false, false>;
+    run(a, begin, end);
   }
 }
 
 template <typename T>
 void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   if (if_short<T>(a.length, [&](auto packs) { short_row_backward<T, packs>(a, begin, end); })) return;
-  row_backward(a, begin, end);
+  a.weight ? row_backward<T, true>(a, begin, end) : row_backward<T, false>(a, begin, end);
 }
 
 template <typename T>

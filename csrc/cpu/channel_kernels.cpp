@@ -108,16 +108,7 @@ template <typename T>
 NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
-    const bool done = if_short<T>(tile.positions, [&](auto packs) {
-      ShortLines<T, packs> lines(tile.positions);
-      for (int64_t c = 0; c < tile.channels; c += lines.kCount) {
-        const int64_t count = std::min<int64_t>(lines.kCount, tile.channels - c);
-        lines.take_moments(/*centered=*/true, [&](int64_t i) { return x[c + std::min(i, count - 1)]; });
-        std::copy_n(lines.mean, count, mean + c);
-        std::copy_n(lines.m2, count, m2 + c);
-      }
-    });
-    for (int64_t c = 0; !done && c < tile.channels; ++c) std::tie(mean[c], m2[c]) = moments_along(x[c], tile.positions);
+    moments_of_lines(x, tile.channels, tile.positions, mean, m2);
     return;
   }
   for_blocks<T>(tile, [&](const Block& block) {
@@ -171,23 +162,15 @@ NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, 
                          double* sum_dy_x) {
   using A = Acc<T>;
   if (tile.layout == Layout::kContiguous) {
-    std::fill_n(sum_dy, tile.channels, 0.0);
-    std::fill_n(sum_dy_x, tile.channels, 0.0);
-    for (int64_t c = 0; c < tile.channels; c += kLinesTogether<T>) {
-      const int64_t lines = std::min<int64_t>(kLinesTogether<T>, tile.channels - c);
-      for (int64_t begin = 0; begin < tile.positions; begin += kHalfChunk) {
-        const auto sums = sums_along<T, 2, kLinesTogether<T>, kUnrolled>(
-            lines, std::min(kHalfChunk, tile.positions - begin), [&](int64_t i, int64_t j, auto lanes, Pack<T>* s) {
-              const Pack<T> g = Pack<T>::load(dy[c + i] + begin + j, lanes);
-              s[0] = s[0] + g;
-              s[1] = fmadd(g, Pack<T>::load(x[c + i] + begin + j, lanes) - center[c + i], s[1]);
-            });
-        for (int64_t i = 0; i < lines; ++i) {
-          sum_dy[c + i] += sums[2 * i];
-          sum_dy_x[c + i] += sums[2 * i + 1];
-        }
-      }
-    }
+    const auto add = [&](int64_t c, int64_t j, auto lanes, Pack<T>* s) {
+      const Pack<T> g = Pack<T>::load(dy[c] + j, lanes);
+      s[0] = s[0] + g;
+      s[1] = fmadd(g, Pack<T>::load(x[c] + j, lanes) - center[c], s[1]);
+    };
+    sums_of_lines<T, 2>(tile.channels, tile.positions, add, [&](int64_t c, const std::array<double, 2>& sums) {
+      sum_dy[c] = sums[0];
+      sum_dy_x[c] = sums[1];
+    });
     return;
   }
   for_blocks<T>(tile, [&](const Block& block) {

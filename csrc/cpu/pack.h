@@ -20,6 +20,13 @@
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
+// Vectors that fit in registers: 32 but for x86 before AVX-512.
+#if defined(__x86_64__) && !defined(CPU_CAPABILITY_AVX512)
+constexpr int kRegisters = 16;
+#else
+constexpr int kRegisters = 32;
+#endif
+
 // How many elements of a pack are in memory: all of them, or (at the end of a line) the first `count`.
 struct Full {};
 struct Tail {

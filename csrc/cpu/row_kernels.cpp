@@ -1,5 +1,6 @@
 // Inner loops of the row engine (LayerNorm, RMSNorm). Compiled once per instruction set.
 
+#include <array>
 #include <cmath>
 
 #include "lines.h"
@@ -14,77 +15,55 @@ NORMOPS_INLINE void prefetch(const T* address) {
 }
 
 template <typename T>
-double sum_of_squares(const T* x, int64_t length) {
-  double total = 0;
-  for (int64_t begin = 0; begin < length; begin += kChunk) {
-    const T* chunk = x + begin;
-    total += sum_along<T, 1>(std::min(kChunk, length - begin), [&](int64_t j, auto lanes, Pack<T>* sums) {
-      const Pack<T> v = Pack<T>::load(chunk + j, lanes);
-      sums[0] = fmadd(v, v, sums[0]);
-    })[0];
-  }
-  return total;
+NORMOPS_KERNEL sums_of_squares(const Lines<const T>& x, int64_t count, int64_t length, double* totals) {
+  const auto add = [&](int64_t row, int64_t j, auto lanes, Pack<T>* sums) {
+    const Pack<T> v = Pack<T>::load(x[row] + j, lanes);
+    sums[0] = fmadd(v, v, sums[0]);
+  };
+  sums_of_lines<T, 1>(count, length, add,
+                      [&](int64_t row, const std::array<double, 1>& sums) { totals[row] = sums[0]; });
 }
 
 template <typename T, bool kWeight, bool kBias>
-NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
+NORMOPS_KERNEL row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const double inverse = 1.0 / a.length;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = a.x[row];
-    T* y = a.y[row];
-    const auto [mean, m2] =
-        a.centered ? moments_along(x, a.length) : std::pair<double, double>(0.0, sum_of_squares(x, a.length));
-    const double rstd = 1 / std::sqrt(m2 * inverse + a.eps);
-    a.mean[row] = mean;
-    a.rstd[row] = rstd;
-    const SplitMean<A> split(mean);
-    const A center = split.center;
-    const Pack<T> scale = A(rstd), shift = A(-split.low * rstd);
-    const T* const next = a.x[std::min(row + 1, end - 1)];
-    // From the end, where the row is still in cache.
-    for (int64_t from = (a.length - 1) / kChunk * kChunk; from >= 0; from -= kChunk) {
-      sweep<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, auto) {
-        const int64_t j = from + i;
-        if (a.length <= kChunk) prefetch(next + j);
-        Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
-        if constexpr (kWeight && kBias) {
-          v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
-        } else if constexpr (kWeight) {
-          v = v * Pack<T>::load_packed(a.weight + j);
-        } else if constexpr (kBias) {
-          v = v + Pack<T>::load_packed(a.bias + j);
-        }
-        v.store(y + j, lanes);
-      });
+  const int64_t at_once = is_short<T>(a.length) ? kAbreast<T> : 1;
+  for (int64_t first = begin; first < end; first += at_once) {
+    const int64_t last = std::min(first + at_once, end);
+    const Lines<const T> rows{a.x[first], a.x.stride};
+    double second[kAbreast<T>];  // moments
+    if (a.centered) {
+      moments_of_lines(rows, last - first, a.length, a.mean + first, second);
+    } else {
+      std::fill_n(a.mean + first, last - first, 0.0);
+      sums_of_squares(rows, last - first, a.length, second);
     }
-  }
-}
-
-template <typename T, int kPacks>
-NORMOPS_KERNEL short_row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
-  ShortLines<T, kPacks> lines(a.length);
-  Pack<T> weight[kPacks], bias[kPacks];
-  lines.line[0].each([&](int i, int64_t j, auto) {
-    weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1);
-    bias[i] = a.bias ? Pack<T>::load_packed(a.bias + j) : Pack<T>(0);
-  });
-  const double inverse = 1.0 / a.length;
-  for (int64_t row = begin; row < end; row += lines.kCount) {
-    const int64_t count = std::min<int64_t>(lines.kCount, end - row);
-    lines.take_moments(a.centered, [&](int64_t i) { return a.x[row + std::min(i, count - 1)]; });
-    double rstd[lines.kCount];
-    for (int r = 0; r < lines.kCount; ++r) rstd[r] = 1 / std::sqrt(lines.m2[r] * inverse + a.eps);
-    std::copy_n(lines.mean, count, a.mean + row);
-    std::copy_n(rstd, count, a.rstd + row);
-    unroll<lines.kCount>([&](auto r) {
-      if (r >= count) return;
-      const Pack<T> scale = Acc<T>(rstd[r]), shift = -lines.low[r] * Acc<T>(rstd[r]);
-      T* y = a.y[row + r];
-      lines.line[r].each([&](int i, int64_t j, auto lanes) {
-        fmadd(fmadd(lines.line[r].values[i], scale, shift), weight[i], bias[i]).store(y + j, lanes);
-      });
-    });
+    for (int64_t row = first; row < last; ++row) {
+      const T* const x = a.x[row];
+      const T* const next = a.x[std::min(row + at_once, end - 1)];
+      T* const y = a.y[row];
+      const SplitMean<A> split(a.mean[row]);
+      const double rstd = 1 / std::sqrt(second[row - first] * inverse + a.eps);
+      a.rstd[row] = rstd;
+      const Pack<T> center = split.center, scale = A(rstd), shift = A(-split.low * rstd);
+      // From the end, where the row is still in cache.
+      for (int64_t from = (a.length - 1) / kChunk * kChunk; from >= 0; from -= kChunk) {
+        sweep<T, 2>(std::min(kChunk, a.length - from), [&](int64_t i, auto lanes, auto) {
+          const int64_t j = from + i;
+          if (a.length <= kChunk) prefetch(next + j);
+          Pack<T> v = fmadd(Pack<T>::load(x + j, lanes) - center, scale, shift);
+          if constexpr (kWeight && kBias) {
+            v = fmadd(v, Pack<T>::load_packed(a.weight + j), Pack<T>::load_packed(a.bias + j));
+          } else if constexpr (kWeight) {
+            v = v * Pack<T>::load_packed(a.weight + j);
+          } else if constexpr (kBias) {
+            v = v + Pack<T>::load_packed(a.bias + j);
+          }
+          v.store(y + j, lanes);
+        });
+      }
+    }
   }
 }
 
@@ -111,40 +90,6 @@ struct RowCoefficients {
   }
 };
 
-template <typename T, int kPacks>
-NORMOPS_KERNEL short_row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
-  ShortLine<T, kPacks> dy(a.length), x(a.length);
-  Pack<T> weight[kPacks], dweight[kPacks], dbias[kPacks];
-  dy.each([&](int i, int64_t j, auto) { weight[i] = a.weight ? Pack<T>::load_packed(a.weight + j) : Pack<T>(1); });
-  for (int64_t row = begin; row < end; ++row) {
-    RowCoefficients<T> c(a.mean[row], a.rstd[row]);
-    dy.load(a.dy[row]);
-    x.load(a.x[row]);
-    x.each([&](int i, int64_t, auto) {
-      x.values[i] = x.values[i] - c.center;
-      dweight[i] = fmadd(dy.values[i], fmadd(x.values[i], c.rstd, c.low), dweight[i]);
-      dbias[i] = dbias[i] + dy.values[i];
-    });
-    if (a.dx.data == nullptr) continue;
-    Pack<T> sum_g, sum_g_x;
-    x.each([&](int i, int64_t, auto) {
-      dy.values[i] = dy.values[i] * weight[i];
-      sum_g = sum_g + dy.values[i];
-      sum_g_x = fmadd(dy.values[i], x.values[i], sum_g_x);
-    });
-    c.set_sums(sum_g.sum(), sum_g_x.sum(), x.inverse, a.centered);
-    T* dx = a.dx[row];
-    x.each([&](int i, int64_t j, auto lanes) {
-      fmadd(dy.values[i], c.rstd, fmadd(x.values[i], c.slope, c.shift)).store(dx + j, lanes);
-    });
-  }
-  if (a.dweight == nullptr) return;
-  dy.each([&](int i, int64_t j, auto) {
-    (Pack<T>::load_packed(a.dweight + j) + dweight[i]).store_packed(a.dweight + j);
-    (Pack<T>::load_packed(a.dbias + j) + dbias[i]).store_packed(a.dbias + j);
-  });
-}
-
 // dx = rstd * g + slope * (x - center) + shift for `count` rows, which the first walk brings into the cache, and the
 // coefficients of these rows.
 template <typename T, bool kWeight>
@@ -158,26 +103,21 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t 
   };
   for (int64_t r = 0; r < count; ++r) c[r] = RowCoefficients<T>(a.mean[row + r], a.rstd[row + r]);
   if (a.dx.data == nullptr) return;
-  double sums[kLinesTogether<T>][2] = {};
-  for (int64_t from = 0; from < a.length; from += kHalfChunk) {
-    const auto part = sums_along<T, 2, kLinesTogether<T>, kUnrolled>(
-        count, std::min(kHalfChunk, a.length - from), [&](int64_t r, int64_t i, auto lanes, Pack<T>* s) {
-          const Pack<T> g = load_scaled(a.dy[row + r], from + i, lanes);
-          s[0] = s[0] + g;
-          s[1] = fmadd(g, Pack<T>::load(a.x[row + r] + from + i, lanes) - c[r].center, s[1]);
-        });
-    for (int64_t r = 0; r < count; ++r) {
-      sums[r][0] += part[2 * r];
-      sums[r][1] += part[2 * r + 1];
-    }
-  }
+  const double inverse = 1.0 / a.length;
+  const auto add = [&](int64_t r, int64_t j, auto lanes, Pack<T>* s) {
+    const Pack<T> g = load_scaled(a.dy[row + r], j, lanes);
+    s[0] = s[0] + g;
+    s[1] = fmadd(g, Pack<T>::load(a.x[row + r] + j, lanes) - c[r].center, s[1]);
+  };
+  sums_of_lines<T, 2>(count, a.length, add, [&](int64_t r, const std::array<double, 2>& sums) {
+    c[r].set_sums(sums[0], sums[1], inverse, a.centered);
+  });
   for (int64_t r = 0; r < count; ++r) {
-    c[r].set_sums(sums[r][0], sums[r][1], 1.0 / a.length, a.centered);
     const T* const dy = a.dy[row + r];
     const T* const x = a.x[row + r];
     T* const dx = a.dx[row + r];
     const Pack<T> center = c[r].center, rstd = c[r].rstd, slope = c[r].slope, shift = c[r].shift;
-    sweep<T, kUnrolled>(a.length, [&](int64_t j, auto lanes, auto) {
+    sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
       const Pack<T> g = load_scaled(dy, j, lanes);
       fmadd(g, rstd, fmadd(Pack<T>::load(x + j, lanes) - center, slope, shift)).store(dx + j, lanes);
     });
@@ -189,8 +129,8 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t 
 template <typename T, bool kWeight>
 NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   if (a.length == 0) return;
-  constexpr int64_t kRows = 8, kBytes = 4 * 1024;
-  const int64_t at_once = std::clamp<int64_t>(kBytes / sizeof(T) / a.length, 1, kLinesTogether<T>);
+  constexpr int64_t kRows = 8;
+  const int64_t at_once = is_short<T>(a.length) ? kAbreast<T> : 1;
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = std::min(kRows, end - row);
     RowCoefficients<T> c[kRows];
@@ -209,18 +149,15 @@ NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end)
 
 template <typename T>
 void forward(const RowForward<T>& a, int64_t begin, int64_t end) {
-  if (!if_short<T>(a.length, [&](auto packs) { short_row_forward<T, packs>(a, begin, end); })) {
-    const auto run = a.weight && a.bias ? row_forward<T, true, true>
-                     : a.weight         ? row_forward<T, true, false>
-                     : a.bias           ? row_forward<T, false, true>
-                                        : row_forward<T, false, false>;
-    run(a, begin, end);
-  }
+  const auto run = a.weight && a.bias ? row_forward<T, true, true>
+                   : a.weight         ? row_forward<T, true, false>
+                   : a.bias           ? row_forward<T, false, true>
+                                      : row_forward<T, false, false>;
+  run(a, begin, end);
 }
 
 template <typename T>
 void backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
-  if (if_short<T>(a.length, [&](auto packs) { short_row_backward<T, packs>(a, begin, end); })) return;
   a.weight ? row_backward<T, true>(a, begin, end) : row_backward<T, false>(a, begin, end);
 }
 

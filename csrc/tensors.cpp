@@ -179,4 +179,11 @@ ChannelView wide_channel_view(const std::vector<at::Tensor*>& tensors, int64_t n
   return view;
 }
 
+ChannelView batch_view(const std::vector<at::Tensor*>& tensors, bool wide) {
+  const at::Tensor& input = *tensors.front();
+  const int64_t channels = input.dim() < 2 ? 0 : input.size(1);
+  return wide ? wide_channel_view(tensors, channels, /*over_batch=*/true)
+              : channel_view(tensors, channels, /*over_batch=*/true);
+}
+
 }  // namespace normops

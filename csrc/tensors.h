@@ -67,4 +67,7 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
 // The same, with many small contiguous planes seen as wide channels (geometry.h).
 ChannelView wide_channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);
 
+// An input as BatchNorm sees it, for the stages that are operators of their own.
+ChannelView batch_view(const std::vector<at::Tensor*>& tensors, bool wide);
+
 }  // namespace normops

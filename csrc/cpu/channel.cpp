@@ -2,8 +2,6 @@
 // is decided here; the loops over memory are in channel_kernels.cpp.
 
 #include <ATen/Dispatch.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/FunctionRef.h>
 #include <torch/library.h>
 
@@ -14,8 +12,8 @@
 
 #include "../statistics.h"
 #include "../tensors.h"
+#include "channel.h"
 #include "kernels.h"
-#include "memory.h"
 #include "parallel.h"
 
 namespace normops::cpu {
@@ -32,25 +30,6 @@ constexpr int64_t kMergeChannels = 64;
 struct Region {
   int64_t first_segment, last_segment;
   int64_t first_channel, last_channel;
-};
-
-template <typename T>
-struct Operand {
-  T* data;
-  Strides strides;
-
-  Lines<T> lines(const Geometry& g, int64_t segment, int64_t channel) const {
-    return {data + g.sample_of(segment) * strides.sample + g.segment_begin(segment) * strides.position +
-                channel * strides.channel,
-            g.layout == Layout::kContiguous ? strides.channel : strides.position};
-  }
-
-  // Asks for the beginning of a segment: the processor sees a run of memory coming only once it is under way.
-  void prefetch(const Geometry& g, int64_t segment, int64_t channel) const {
-    constexpr int64_t kLines = 8, kLineElements = 64 / sizeof(T);
-    const T* const begin = lines(g, segment, channel).data;
-    for (int64_t i = 0; i < kLines; ++i) __builtin_prefetch(begin + i * kLineElements);
-  }
 };
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -139,31 +118,6 @@ void run_stages(const Geometry& g, int64_t element_size, bool given, Stage reduc
   for_regions(g, 1, channels, Order::kBackwards, apply);
 }
 
-template <typename A>
-struct Scratch {
-  explicit Scratch(int64_t size) : data(new A[size]) {}
-  A* operator+(int64_t offset) const { return data.get() + offset; }
-  A& operator[](int64_t i) const { return data[i]; }
-  std::unique_ptr<A[]> data;
-};
-
-// A weight or bias, of the input's type or of the arithmetic's, or what an absent one stands for.
-template <typename T>
-struct Parameter {
-  const T* own = nullptr;
-  const Acc<T>* data = nullptr;
-  double absent;
-
-  Parameter(const at::Tensor& tensor, double absent) : absent(absent) {
-    if (!tensor.defined()) return;
-    if (tensor.scalar_type() == c10::CppTypeToScalarType<T>::value)
-      own = tensor.const_data_ptr<T>();
-    else
-      data = tensor.const_data_ptr<Acc<T>>();
-  }
-  double operator[](int64_t channel) const { return own ? Acc<T>(own[channel]) : data ? data[channel] : absent; }
-};
-
 // Joins, in place and in order, the moments of all segments of a row into those of its first.
 void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t last, double* mean, double* m2) {
   const auto elements = [&](int64_t segment) { return double(g.segment_count(segment) * g.width); };  // of a channel
@@ -177,10 +131,11 @@ void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t l
   }
 }
 
-// Any of the three stages can be left out: the first where statistics are given, the last where y is null.
+}  // namespace
+
 template <typename T>
-void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias, double eps,
-             bool given, double* stat_mean, double* stat_var) {
+void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,
+                     double eps, bool given, double* stat_mean, double* stat_var) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
@@ -248,20 +203,10 @@ void forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> w
   run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
 }
 
-// Sums of dy and dy * xhat per channel over all of the `count` elements that share a statistic. Null: over this input.
-struct GradTotals {
-  const double* dy = nullptr;
-  const double* dy_xhat = nullptr;
-  double count = 0;
-};
-
-// dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
-// statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
-// be only a part, and the whole is given as `totals`. The last is left out where dx is null.
 template <typename T>
-void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<T> weight,
-              const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
-              double* dweight, double* dbias) {
+void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<T> weight,
+                      const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
+                      double* dweight, double* dbias) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
@@ -352,15 +297,18 @@ void backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operan
   sum_rows(sum_dy, dbias);
 }
 
-// New tensors without the dispatcher: it would take longer than the elements of a small input.
-at::Tensor new_like(const at::Tensor& input) {
-  return prepare_output(
-      at::detail::empty_cpu(input.sizes(), input.scalar_type(), /*pin_memory=*/false, input.suggest_memory_format()));
-}
+#define NORMOPS_INSTANTIATE(T)                                                                                        \
+  template void channel_forward<T>(const Geometry&, Operand<const T>, Operand<T>, Parameter<T>, Parameter<T>, double, \
+                                   bool, double*, double*);                                                           \
+  template void channel_backward<T>(const Geometry&, Operand<const T>, Operand<const T>, Operand<T>, Parameter<T>,    \
+                                    const double*, const double*, double, bool, const GradTotals&, double*, double*);
+NORMOPS_INSTANTIATE(float)
+NORMOPS_INSTANTIATE(double)
+NORMOPS_INSTANTIATE(c10::Half)
+NORMOPS_INSTANTIATE(c10::BFloat16)
+#undef NORMOPS_INSTANTIATE
 
-at::Tensor new_array(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble) {
-  return at::detail::empty_cpu(shape, dtype);
-}
+namespace {
 
 // A given statistic in float64.
 at::Tensor in_double(at::IntArrayRef shape, const OptionalTensor& given, const at::Tensor& input, const char* name) {
@@ -394,9 +342,9 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
     const at::Tensor w = as_own_parameter(weight, input, g.channels, "weight");
     const at::Tensor b = as_own_parameter(bias, input, g.channels, "bias");
-    forward<scalar_t>(g, {x.const_data_ptr<scalar_t>(), view.strides[0]},
-                      {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, {w, 1}, {b, 0}, eps, given,
-                      mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
+    channel_forward<scalar_t>(g, {x.const_data_ptr<scalar_t>(), view.strides[0]},
+                              {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, {w, 1}, {b, 0}, eps, given,
+                              mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
   });
   return {output, mean, var};
 }
@@ -435,7 +383,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
           const at::Tensor w = as_own_parameter(weight, input, g.channels, "weight");
-          backward<scalar_t>(
+          channel_backward<scalar_t>(
               g, {dy.const_data_ptr<scalar_t>(), view.strides[1]}, {x.const_data_ptr<scalar_t>(), view.strides[0]},
               {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
               means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats, {}, dweight, dbias);
@@ -444,108 +392,11 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   return {dx, rounded(dweight, g.channels, acc_type(input)), rounded(dbias, g.channels, acc_type(input))};
 }
 
-// The stages one at a time, per channel and over the batch: between them SyncBatchNorm joins what its ranks have found.
-
-// An input as BatchNorm sees it.
-ChannelView batch_view(const std::vector<at::Tensor*>& tensors) {
-  const at::Tensor& input = *tensors.front();
-  return wide_channel_view(tensors, input.dim() < 2 ? 0 : input.size(1), /*over_batch=*/true);
-}
-
-std::pair<at::Tensor, at::Tensor> zero_statistics(const at::Tensor& input) {
-  const auto options = input.options().dtype(at::kDouble);
-  return {at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
-}
-
-Tensors2 channel_moments(const at::Tensor& input) {
-  at::Tensor x = input;
-  const auto view = batch_view({&x});
-  at::Tensor mean, var;  // which a lambda captures, as clang before 16 does not capture structured bindings
-  std::tie(mean, var) = zero_statistics(input);
-  if (view.geometry.elements() == 0) return {mean, var};
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
-    forward<scalar_t>(view.geometry, {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, {{}, 0}, /*eps=*/1,
-                      /*given=*/false, mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
-  });
-  return {mean, var};
-}
-
-Tensors2 channel_grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
-                           const at::Tensor& var, double eps) {
-  at::Tensor x = input, dy = grad_output;
-  const auto view = batch_view({&x, &dy});
-  at::Tensor sum_dy, sum_dy_xhat;  // likewise
-  std::tie(sum_dy, sum_dy_xhat) = zero_statistics(input);
-  const at::Tensor means = as_parameter(mean, input, input.size(1), at::kDouble, "mean");
-  const at::Tensor vars = as_parameter(var, input, input.size(1), at::kDouble, "var");
-  if (view.geometry.elements() == 0) return {sum_dy, sum_dy_xhat};
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_sums", [&] {
-    backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
-                       {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, means.const_data_ptr<double>(),
-                       vars.const_data_ptr<double>(), eps, /*given=*/true, {}, sum_dy_xhat.mutable_data_ptr<double>(),
-                       sum_dy.mutable_data_ptr<double>());
-  });
-  return {sum_dy, sum_dy_xhat};
-}
-
-at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
-                              const at::Tensor& var, const OptionalTensor& weight, const at::Tensor& sum_dy,
-                              const at::Tensor& sum_dy_xhat, int64_t count, double eps) {
-  at::Tensor x = input, dy = grad_output;
-  at::Tensor dx = new_like(input);
-  const auto view = batch_view({&x, &dy, &dx});
-  const auto statistic = [&](const at::Tensor& tensor, const char* name) {
-    return as_parameter(tensor, input, input.size(1), at::kDouble, name);
-  };
-  const at::Tensor means = statistic(mean, "mean"), vars = statistic(var, "var");
-  const at::Tensor dys = statistic(sum_dy, "sum_dy"), dys_xhat = statistic(sum_dy_xhat, "sum_dy_xhat");
-  if (view.geometry.elements() == 0) return dx;
-  TORCH_CHECK(count > 0, "normops: expected count > 0, got ", count);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
-    const at::Tensor w = as_own_parameter(weight, input, input.size(1), "weight");
-    const GradTotals totals{dys.const_data_ptr<double>(), dys_xhat.const_data_ptr<double>(), double(count)};
-    backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
-                       {x.const_data_ptr<scalar_t>(), view.strides[0]},
-                       {dx.mutable_data_ptr<scalar_t>(), view.strides[2]}, {w, 1}, means.const_data_ptr<double>(),
-                       vars.const_data_ptr<double>(), eps, /*given=*/false, totals, nullptr, nullptr);
-  });
-  return dx;
-}
-
-// running = (1 - momentum) * running + momentum * statistic, with the unbiased variance of `count` values; statistics
-// per sample are averaged first.
-void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
-                          const at::Tensor& var, double momentum, int64_t count) {
-  check_running_update(running_mean, running_var, mean, var, count);
-  const int64_t channels = running_mean.size(0), rows = mean.dim() == 2 ? mean.size(0) : 1;
-  const auto move = [&](const at::Tensor& running, const at::Tensor& statistic, double correction, const char* name) {
-    const at::Tensor values = as_parameter(statistic, running, rows * channels, at::kDouble, name);
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, running.scalar_type(), "normops::_update_running_stats", [&] {
-          scalar_t* const data = running.mutable_data_ptr<scalar_t>();
-          const int64_t stride = running.stride(0);
-          const double* const value = values.const_data_ptr<double>();
-          for (int64_t c = 0; c < channels; ++c) {
-            double sum = 0;
-            for (int64_t row = 0; row < rows; ++row) sum += value[row * channels + c];
-            scalar_t& target = data[c * stride];
-            target = scalar_t((1 - momentum) * double(target) + momentum * correction * (sum / rows));
-          }
-        });
-  };
-  move(running_mean, mean, 1, "mean");
-  move(running_var, var, double(count) / double(count - 1), "var");
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(normops, CPU, m) {
-  m.impl("_update_running_stats", update_running_stats);
   m.impl("_channel_norm", channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
-  m.impl("_channel_moments", channel_moments);
-  m.impl("_channel_grad_sums", channel_grad_sums);
-  m.impl("_channel_grad_apply", channel_grad_apply);
 }
 
 }  // namespace normops::cpu

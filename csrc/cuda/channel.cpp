@@ -192,16 +192,10 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
 
 // The stages one at a time, per channel and over the batch, for SyncBatchNorm.
 
-// An input as BatchNorm sees it.
-ChannelView batch_view(const std::vector<at::Tensor*>& tensors) {
-  const at::Tensor& input = *tensors.front();
-  return channel_view(tensors, input.dim() < 2 ? 0 : input.size(1), /*over_batch=*/true);
-}
-
 Tensors2 moments(const at::Tensor& input) {
   const Here here(input);
   at::Tensor x = input;
-  const auto view = batch_view({&x});
+  const auto view = batch_view({&x}, /*wide=*/false);
   const int64_t channels = view.geometry.channels;
   const at::Tensor mean = at::zeros({channels}, input.options().dtype(at::kDouble)), var = at::zeros_like(mean);
   if (view.geometry.elements() == 0) return {mean, var};
@@ -224,7 +218,7 @@ Tensors2 grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const
                    const at::Tensor& var, double eps) {
   const Here here(input);
   at::Tensor x = input, dy = grad_output;
-  const auto view = batch_view({&x, &dy});
+  const auto view = batch_view({&x, &dy}, /*wide=*/false);
   const int64_t channels = view.geometry.channels;
   const at::Tensor means = as_parameter(mean, input, channels, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, channels, at::kDouble, "var");
@@ -257,7 +251,7 @@ at::Tensor grad_apply(const at::Tensor& grad_output, const at::Tensor& input, co
   const Here here(input);
   at::Tensor x = input, dy = grad_output;
   at::Tensor dx = at::empty_like(input, input.suggest_memory_format());
-  const auto view = batch_view({&x, &dy, &dx});
+  const auto view = batch_view({&x, &dy, &dx}, /*wide=*/false);
   const int64_t channels = view.geometry.channels;
   const auto statistic = [&](const at::Tensor& tensor, const char* name) {
     return as_parameter(tensor, input, channels, at::kDouble, name);

@@ -1,0 +1,90 @@
+#pragma once
+
+// The channel engine of the CPU, as the operators call it: the layers (channel.cpp), and the stages of one of them
+// (stages.cpp).
+
+#include <ATen/EmptyTensor.h>
+
+#include <memory>
+
+#include "../tensors.h"
+#include "kernels.h"
+#include "memory.h"
+
+namespace normops::cpu {
+
+template <typename T>
+struct Operand {
+  T* data;
+  Strides strides;
+
+  Lines<T> lines(const Geometry& g, int64_t segment, int64_t channel) const {
+    return {data + g.sample_of(segment) * strides.sample + g.segment_begin(segment) * strides.position +
+                channel * strides.channel,
+            g.layout == Layout::kContiguous ? strides.channel : strides.position};
+  }
+
+  // Asks for the beginning of a segment: the processor sees a run of memory coming only once it is under way.
+  void prefetch(const Geometry& g, int64_t segment, int64_t channel) const {
+    constexpr int64_t kLines = 8, kLineElements = 64 / sizeof(T);
+    const T* const begin = lines(g, segment, channel).data;
+    for (int64_t i = 0; i < kLines; ++i) __builtin_prefetch(begin + i * kLineElements);
+  }
+};
+
+template <typename A>
+struct Scratch {
+  explicit Scratch(int64_t size) : data(new A[size]) {}
+  A* operator+(int64_t offset) const { return data.get() + offset; }
+  A& operator[](int64_t i) const { return data[i]; }
+  std::unique_ptr<A[]> data;
+};
+
+// A weight or bias, of the input's type or of the arithmetic's, or what an absent one stands for.
+template <typename T>
+struct Parameter {
+  const T* own = nullptr;
+  const Acc<T>* data = nullptr;
+  double absent;
+
+  Parameter(const at::Tensor& tensor, double absent) : absent(absent) {
+    if (!tensor.defined()) return;
+    if (tensor.scalar_type() == c10::CppTypeToScalarType<T>::value)
+      own = tensor.const_data_ptr<T>();
+    else
+      data = tensor.const_data_ptr<Acc<T>>();
+  }
+  double operator[](int64_t channel) const { return own ? Acc<T>(own[channel]) : data ? data[channel] : absent; }
+};
+
+// Sums of dy and dy * xhat per channel over all of the `count` elements that share a statistic. Null: over this input.
+struct GradTotals {
+  const double* dy = nullptr;
+  const double* dy_xhat = nullptr;
+  double count = 0;
+};
+
+// Any of the three stages can be left out: the first where statistics are given, the last where y is null.
+template <typename T>
+void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,
+                     double eps, bool given, double* stat_mean, double* stat_var);
+
+// dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
+// statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
+// be only a part, and the whole is given as `totals`. The last is left out where dx is null.
+template <typename T>
+void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<T> weight,
+                      const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
+                      double* dweight, double* dbias);
+
+// New tensors without the dispatcher: it would take longer than the elements of a small input.
+inline at::Tensor new_like(const at::Tensor& input) {
+  return prepare_output(
+      at::detail::empty_cpu(input.sizes(), input.scalar_type(), /*pin_memory=*/false, input.suggest_memory_format()));
+}
+
+inline at::Tensor new_array(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble) {
+  return at::detail::empty_cpu(shape, dtype);
+}
+
+}  // namespace normops::cpu

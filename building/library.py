@@ -70,6 +70,7 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
         text = "".join(f'#include "{source}"\n' for source in sources)
         write(folder / f"{unit}.cpp", text)
         objects.append(compile_one(f"{unit}.o", folder / f"{unit}.cpp", *(built if unit == "operators" else [])))
+    objects.append(compile_one("module.o", csrc / "module.cpp", *defines))
     kernel_flags = KERNEL_FLAGS + ([] if compiler.is_clang else KERNEL_FLAGS_GCC)
     for name, flags in sets.items():
         which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
@@ -77,7 +78,6 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
         for kernel in reversed(KERNELS):
             source = csrc / kernel
             objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *plain, *flags, *which))
-    objects.append(compile_one("module.o", csrc / "module.cpp", *defines))
     if cuda:
         objects += cuda.compile(ninja, sorted(csrc.glob("cuda/*.cu")))
     ninja.run()

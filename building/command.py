@@ -1,6 +1,5 @@
 """The build_ext command: one ninja for everything, as torch's own has one set of flags, and objects that are kept."""
 
-import sys
 import sysconfig
 from pathlib import Path
 

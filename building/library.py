@@ -17,7 +17,7 @@ FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 KERNEL_FLAGS = ["-O3", "-fno-math-errno"]
 PLAIN_FLAGS = ["-O2"]  # the set without vectors, where there is one with them: to compare with, not for speed
 KERNEL_FLAGS_GCC = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-KERNELS = ["cpu/channel_kernels.cpp", "cpu/row_kernels.cpp"]  # compiled once for each instruction set
+KERNELS = [f"cpu/{engine}_{way}.cpp" for engine in ("row", "channel") for way in ("forward", "backward")]  # per set
 
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
 X86 = {
@@ -75,7 +75,7 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
     for name, flags in sets.items():
         which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
         plain = PLAIN_FLAGS if compiler.is_x86 and name == "DEFAULT" else []
-        for kernel in reversed(KERNELS):
+        for kernel in KERNELS:
             source = csrc / kernel
             objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *plain, *flags, *which))
     if cuda:

@@ -1,5 +1,5 @@
 // Channel engine on the CPU: reduce, merge, apply. How the three stages are cut into regions and shared among threads
-// is decided here; the loops over memory are in channel_kernels.cpp.
+// is decided here; the loops over memory are in channel_forward.cpp and channel_backward.cpp.
 
 #include <ATen/Dispatch.h>
 #include <c10/util/FunctionRef.h>

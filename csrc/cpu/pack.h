@@ -17,6 +17,17 @@
 #include "kernels.h"
 #include "narrow.h"
 
+// add(table.f32) and so on, for all types. Of AVX512_BF16 only bfloat16 has a use.
+#ifdef __AVX512BF16__
+#define NORMOPS_FOR_EACH_TYPE(add, table) add(table.bf16);
+#else
+#define NORMOPS_FOR_EACH_TYPE(add, table) \
+  add(table.f32);                         \
+  add(table.f64);                         \
+  add(table.f16);                         \
+  add(table.bf16);
+#endif
+
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 

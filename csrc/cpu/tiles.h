@@ -1,9 +1,12 @@
-// Inner loops of the channel engine (Batch-, Instance-, GroupNorm). Compiled once per instruction set.
+#pragma once
+
+// How the channel engine's kernels walk a tile.
 //
 // contiguous: a line is one channel's positions, sums run along it and its coefficients are constants.
 // channels_last: a line is one position's channels, sums run across lines and coefficients run along them.
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 
 #include "lines.h"
@@ -104,92 +107,6 @@ void for_blocks(const Tile& tile, F f) {
   }
 }
 
-template <typename T>
-NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
-  using A = Acc<T>;
-  if (tile.layout == Layout::kContiguous) {
-    moments_of_lines(x, tile.channels, tile.positions, mean, m2);
-    return;
-  }
-  for_blocks<T>(tile, [&](const Block& block) {
-    double* const block_mean = mean + block.first;
-    double* const block_m2 = m2 + block.first;
-    alignas(64) A center[kBlock];
-    // The first guess: the mean of a few lines from all over the tile.
-    constexpr int64_t kFew = 8;
-    const int64_t few = std::min(kFew, block.whole_lines()), step = block.whole_lines() / few;
-    const Lines<const T> all = block.lines(x, 0), some{all.data, all.stride * step};
-    std::fill_n(center, block.padded<T>(), A(0));
-    sum_across<T, 1>({some}, few, block.length(), center, 0,
-                     [](int64_t, const Pack<T>* v, int64_t, auto, Pack<T>* s) { s[0] = s[0] + v[0]; });
-    block.fold<T>(center, block_mean);
-    const double few_inverse = 1.0 / (few * block.repeat * block.width);
-    for (int64_t c = 0; c < block.channels; ++c) block_mean[c] = A(block_mean[c] * few_inverse);
-
-    const double inverse = 1.0 / (tile.positions * tile.width);
-    double first[kBlock];
-    bool near = false;
-    for (int pass = 0; pass < 2 && !near; ++pass) {
-      alignas(64) A sums[2][kBlock];
-      for (A* const sum : sums) std::fill_n(sum, block.padded<T>(), A(0));
-      block.spread<T>(block_mean, center);
-      block.each([&](int64_t position, int64_t lines, int64_t length) {
-        sum_across<T, 2>({block.lines(x, position)}, lines, length, sums[0], kBlock,
-                         [&](int64_t, const Pack<T>* v, int64_t j, auto lanes, Pack<T>* s) {
-                           const Pack<T> d = (v[0] - Pack<T>::load_packed(center + j)).masked(lanes);
-                           s[0] = s[0] + d;
-                           s[1] = fmadd(d, d, s[1]);
-                         });
-      });
-      block.fold<T>(sums[0], first);
-      block.fold<T>(sums[1], block_m2);
-      near = true;
-      for (int64_t c = 0; c < block.channels; ++c) near &= guess_was_near(first[c], block_m2[c], inverse);
-      for (int64_t c = 0; pass == 0 && !near && c < block.channels; ++c) {
-        if (!guess_was_near(first[c], block_m2[c], inverse)) block_mean[c] = A(block_mean[c] + first[c] * inverse);
-      }
-    }
-    for (int64_t c = 0; c < block.channels; ++c) {
-      const double low = first[c] * inverse;
-      block_mean[c] += low;
-      block_m2[c] -= first[c] * low;
-    }
-  });
-}
-
-template <typename T>
-NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<T>* center, double* sum_dy,
-                         double* sum_dy_x) {
-  using A = Acc<T>;
-  if (tile.layout == Layout::kContiguous) {
-    const auto add = [&](int64_t c, int64_t j, auto lanes, Pack<T>* s) {
-      const Pack<T> g = Pack<T>::load(dy[c] + j, lanes);
-      s[0] = s[0] + g;
-      s[1] = fmadd(g, Pack<T>::load(x[c] + j, lanes) - center[c], s[1]);
-    };
-    sums_of_lines<T, 2>(tile.channels, tile.positions, add, [&](int64_t c, const std::array<double, 2>& sums) {
-      sum_dy[c] = sums[0];
-      sum_dy_x[c] = sums[1];
-    });
-    return;
-  }
-  for_blocks<T>(tile, [&](const Block& block) {
-    alignas(64) A centers[kBlock];
-    alignas(64) A sums[2][kBlock];
-    for (A* const sum : sums) std::fill_n(sum, block.padded<T>(), A(0));
-    block.spread<T>(center + block.first, centers);
-    block.each([&](int64_t position, int64_t lines, int64_t length) {
-      sum_across<T, 2>({block.lines(dy, position), block.lines(x, position)}, lines, length, sums[0], kBlock,
-                       [&](int64_t, const Pack<T>* v, int64_t j, auto, Pack<T>* s) {
-                         s[0] = s[0] + v[0];
-                         s[1] = fmadd(v[0], v[1] - Pack<T>::load_packed(centers + j), s[1]);
-                       });
-    });
-    block.fold<T>(sums[0], sum_dy + block.first);
-    block.fold<T>(sums[1], sum_dy_x + block.first);
-  });
-}
-
 // out = f(values, coefficients) for every pack of the tile: `values` from each of the inputs, `coefficients` from
 // each of the arrays, which hold one value per channel.
 template <typename T, int kInputs, int kArrays, typename F>
@@ -226,42 +143,5 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out
   });
 }
 
-template <typename T>
-NORMOPS_KERNEL apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
-  map<T, 1, 3>(tile, {x}, y, {k.center, k.scale, k.shift},
-               [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]); });
-}
-
-template <typename T>
-NORMOPS_KERNEL grad_apply(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
-                          const BackwardCoefficients<Acc<T>>& k) {
-  map<T, 2, 4>(tile, {dy, x}, dx, {k.center, k.scale, k.slope, k.shift},
-               [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0], k[1], fmadd(v[1] - k[0], k[2], k[3])); });
-}
-
-template <typename T>
-NORMOPS_KERNEL scale(const Tile& tile, Lines<const T> dy, Lines<T> dx, const Acc<T>* factor) {
-  map<T, 1, 1>(tile, {dy}, dx, {factor}, [](const Pack<T>* v, const Pack<T>* k) { return v[0] * k[0]; });
-}
-
-template <typename T>
-void add(Kernels<T>& kernels) {
-  kernels.moments = moments<T>;
-  kernels.grad_sums = grad_sums<T>;
-  kernels.apply = apply<T>;
-  kernels.grad_apply = grad_apply<T>;
-  kernels.scale = scale<T>;
-}
-
 }  // namespace
-
-void add_channel_kernels(KernelTable& table) {
-#ifndef __AVX512BF16__  // which only bfloat16 has a use for
-  add(table.f32);
-  add(table.f64);
-  add(table.f16);
-#endif
-  add(table.bf16);
-}
-
 }  // namespace normops::cpu::CPU_CAPABILITY

@@ -5,7 +5,13 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from setuptools import __version__ as SETUPTOOLS
 from setuptools import setup
+
+if int(SETUPTOOLS.split(".")[0]) < 77:  # which cannot read pyproject.toml, and says so at length
+    raise SystemExit(
+        f"normops needs setuptools 77 or later, and this is {SETUPTOOLS}: pip install --upgrade setuptools"
+    )
 
 OLDEST_TORCH, NEWEST_TESTED_TORCH = "2.11", "2.15"
 

@@ -14,33 +14,45 @@
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
-// Sums of kTerms quantities along a line: term(j, lanes, sums) adds the pack at j to sums[0..kTerms).
-template <typename T, int kTerms, typename Term>
-NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
-  constexpr int kUnroll = NORMOPS_PLAIN ? 1 : 8 / (kTerms * Pack<T>::kParts);
+// Asks for what is read after the results of now are stored: memory and arithmetic then take their time together.
+template <typename T>
+NORMOPS_INLINE void prefetch(const T* address) {
+  __builtin_prefetch(address, 0, 2);
+}
+
+// Sums of kTerms quantities along a line, but for their lanes: term(j, lanes, sums) adds the pack at j to the sums.
+template <typename T, int kTerms, int kUnroll, typename Term>
+NORMOPS_INLINE void lanes_along(int64_t length, typename Pack<T>::Vec* totals, Term term) {
   Pack<T> sums[kUnroll][kTerms];
   sweep<T, kUnroll>(length, [&](int64_t j, auto lanes, auto u) { term(j, lanes, sums[u]); });
   for (int k = 0; k < kTerms; ++k) {
     for (int step = kUnroll / 2; step > 0; step /= 2) {
       for (int u = 0; u < step; ++u) sums[u][k] = sums[u][k] + sums[u + step][k];
     }
+    totals[k] = sums[0][k].sum_of_parts();
   }
-  return sums_of<T>(sums[0]);
+}
+
+// The same to the end.
+template <typename T, int kTerms, typename Term>
+NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
+  constexpr int kUnroll = NORMOPS_PLAIN ? 1 : 8 / (kTerms * Pack<T>::kParts);
+  typename Pack<T>::Vec totals[kTerms];
+  lanes_along<T, kTerms, kUnroll>(length, totals, term);
+  return sums_of<T>(totals);
 }
 
 // Sums in float are taken over at most this many elements before they go on in double.
 constexpr int64_t kChunk = 4096;
 constexpr int64_t kHalfChunk = kChunk / 2;  // where only half as many sums are kept side by side
 
-// Short lines, of which two quantities are summed, are walked abreast: as many as half of the registers hold the sums
-// of. Summing up the lanes takes as long as some packs of a line, and is then done for all of them together.
+// Summing up the lanes takes as long as some packs of a line, so for short lines it is done together, for some
+// kilobytes of them, as they are walked a second time.
 template <typename T>
-constexpr int64_t kAbreast = std::min<int64_t>({4, Pack<T>::kLanes / 2, kRegisters / 4 / Pack<T>::kParts});
-
-// Some kilobytes abreast, as they are walked a second time.
+constexpr int64_t kTogether = std::min<int64_t>(4, Pack<T>::kLanes / 2);
 template <typename T>
 NORMOPS_INLINE bool is_short(int64_t length) {
-  return !NORMOPS_PLAIN && length > 0 && length * kAbreast<T> * int64_t(sizeof(T)) <= 4 * 1024;
+  return !NORMOPS_PLAIN && length > 0 && length * kTogether<T> * int64_t(sizeof(T)) <= 4 * 1024;
 }
 
 // Sums of kTerms quantities along each of some lines: term(line, j, lanes, sums) adds the pack at j of a line to its
@@ -48,15 +60,17 @@ NORMOPS_INLINE bool is_short(int64_t length) {
 template <typename T, int kTerms, typename Term, typename Take>
 NORMOPS_INLINE void sums_of_lines(int64_t count, int64_t length, Term term, Take take) {
   if (is_short<T>(length)) {
-    for (int64_t first = 0; first < count; first += kAbreast<T>) {
-      Pack<T> sums[kAbreast<T> * kTerms];
-      sweep<T>(length, [&](int64_t j, auto lanes, auto) {
-        unroll<kAbreast<T>>([&](auto i) { term(std::min(first + i, count - 1), j, lanes, sums + i * kTerms); });
-      });
-      const auto totals = sums_of<T>(sums);
-      for (int64_t i = 0; i < std::min(kAbreast<T>, count - first); ++i) {
+    for (int64_t first = 0; first < count; first += kTogether<T>) {
+      const int64_t lines = std::min(kTogether<T>, count - first);
+      typename Pack<T>::Vec totals[kTogether<T> * kTerms];
+      for (int64_t i = 0; i < lines; ++i) {
+        lanes_along<T, kTerms, 2>(length, totals + i * kTerms,
+                                  [&](int64_t j, auto lanes, Pack<T>* sums) { term(first + i, j, lanes, sums); });
+      }
+      const auto sums = sums_of<T>(totals);
+      for (int64_t i = 0; i < lines; ++i) {
         std::array<double, kTerms> own;
-        std::copy_n(totals.data() + i * kTerms, kTerms, own.begin());
+        std::copy_n(sums.data() + i * kTerms, kTerms, own.begin());
         take(first + i, own);
       }
     }
@@ -169,11 +183,11 @@ NORMOPS_KERNEL moments_along(const T* x, int64_t length, double* mean, double* m
   }
 }
 
-// The same for up to kAbreast short lines. The guess is the mean of four elements from all over the line.
+// The same for up to kTogether short lines. The guess is the mean of four elements from all over the line.
 template <typename T>
-NORMOPS_KERNEL moments_abreast(const Lines<const T>& x, int64_t count, int64_t length, double* mean, double* m2) {
+NORMOPS_KERNEL moments_together(const Lines<const T>& x, int64_t count, int64_t length, double* mean, double* m2) {
   const double inverse = 1.0 / length;
-  Acc<T> guess[kAbreast<T>];
+  Acc<T> guess[kTogether<T>];
   for (int64_t i = 0; i < count; ++i) {
     const T* const line = x[i];
     const int64_t quarter = length / 4;
@@ -194,10 +208,10 @@ NORMOPS_KERNEL moments_abreast(const Lines<const T>& x, int64_t count, int64_t l
 template <typename T>
 void moments_of_lines(const Lines<const T>& x, int64_t count, int64_t length, double* mean, double* m2) {
   const bool is_short_line = is_short<T>(length);
-  const int64_t at_once = is_short_line ? kAbreast<T> : 1;
+  const int64_t at_once = is_short_line ? kTogether<T> : 1;
   for (int64_t i = 0; i < count; i += at_once) {
     if (is_short_line)
-      moments_abreast<T>({x[i], x.stride}, std::min(at_once, count - i), length, mean + i, m2 + i);
+      moments_together<T>({x[i], x.stride}, std::min(at_once, count - i), length, mean + i, m2 + i);
     else
       moments_along(x[i], length, mean + i, m2 + i);
   }

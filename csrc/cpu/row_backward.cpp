@@ -34,7 +34,8 @@ struct RowCoefficients {
 // dx = rstd * g + slope * (x - center) + shift for `count` rows, which the first walk brings into the cache, and the
 // coefficients of these rows.
 template <typename T, bool kWeight>
-NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t count, RowCoefficients<T>* c) {
+NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t count, int64_t end,
+                                  RowCoefficients<T>* c) {
   const auto load_scaled = [&](const T* dy, int64_t j, auto lanes) {
     const Pack<T> g = Pack<T>::load(dy + j, lanes);
     if constexpr (kWeight)
@@ -57,8 +58,14 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t 
     const T* const dy = a.dy[row + r];
     const T* const x = a.x[row + r];
     T* const dx = a.dx[row + r];
+    const int64_t next = std::min(row + count + r, end - 1);
+    const T *const next_dy = a.dy[next], *const next_x = a.x[next];
     const Pack<T> center = c[r].center, rstd = c[r].rstd, slope = c[r].slope, shift = c[r].shift;
     sweep<T, 2>(a.length, [&](int64_t j, auto lanes, auto) {
+      if (a.length <= kChunk) {
+        prefetch(next_dy + j);
+        prefetch(next_x + j);
+      }
       const Pack<T> g = load_scaled(dy, j, lanes);
       fmadd(g, rstd, fmadd(Pack<T>::load(x + j, lanes) - center, slope, shift)).store(dx + j, lanes);
     });
@@ -71,12 +78,12 @@ template <typename T, bool kWeight>
 NORMOPS_KERNEL row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
   if (a.length == 0) return;
   constexpr int64_t kRows = 8;
-  const int64_t at_once = is_short<T>(a.length) ? kAbreast<T> : 1;
+  const int64_t at_once = is_short<T>(a.length) ? kTogether<T> : 1;
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = std::min(kRows, end - row);
     RowCoefficients<T> c[kRows];
     for (int64_t r = 0; r < rows; r += at_once) {
-      rows_backward<T, kWeight>(a, row + r, std::min(at_once, rows - r), c + r);
+      rows_backward<T, kWeight>(a, row + r, std::min(at_once, rows - r), end, c + r);
     }
     if (a.dweight == nullptr) continue;
     const Lines<const T> dy{a.dy[row], a.dy.stride}, x{a.x[row], a.x.stride};

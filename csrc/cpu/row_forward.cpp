@@ -9,12 +9,6 @@
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
-// Asks for what is read after the results of now are stored: memory and arithmetic then take their time together.
-template <typename T>
-NORMOPS_INLINE void prefetch(const T* address) {
-  __builtin_prefetch(address, 0, 2);
-}
-
 template <typename T>
 NORMOPS_KERNEL sums_of_squares(const Lines<const T>& x, int64_t count, int64_t length, double* totals) {
   const auto add = [&](int64_t row, int64_t j, auto lanes, Pack<T>* sums) {
@@ -29,11 +23,11 @@ template <typename T, bool kWeight, bool kBias>
 NORMOPS_KERNEL row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const double inverse = 1.0 / a.length;
-  const int64_t at_once = is_short<T>(a.length) ? kAbreast<T> : 1;
+  const int64_t at_once = is_short<T>(a.length) ? kTogether<T> : 1;
   for (int64_t first = begin; first < end; first += at_once) {
     const int64_t last = std::min(first + at_once, end);
     const Lines<const T> rows{a.x[first], a.x.stride};
-    double second[kAbreast<T>];  // moments
+    double second[kTogether<T>];  // moments
     if (a.centered) {
       moments_of_lines(rows, last - first, a.length, a.mean + first, second);
     } else {

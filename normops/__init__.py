@@ -11,6 +11,8 @@ from normops.acceleration import accelerate
 from normops.compilation import set_compile_mode
 from normops.conversion import convert, revert, summary
 from normops.modules import (
+    AddLayerNorm,
+    AddRMSNorm,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
@@ -34,6 +36,8 @@ from normops.registry import register_conversion
 __version__: str = BUILD_INFO["version"]
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",

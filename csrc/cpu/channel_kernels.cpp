@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "activation_kernels.h"
 #include "lines.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
@@ -268,6 +269,7 @@ void add(Kernels<T>& kernels) {
   kernels.apply = apply<T>;
   kernels.grad_apply = grad_apply<T>;
   kernels.scale = scale<T>;
+  add_activation_kernels(kernels);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ kernels of this library. ``normops.BatchNorm2d`` and the others are drop-ins for
 from normops import functional, modules
 from normops._ops import BUILD_INFO
 from normops.acceleration import accelerate
+from normops.backend import fusion_report
 from normops.compilation import set_compile_mode
 from normops.conversion import convert, revert, summary
 from normops.modules import (
@@ -58,6 +59,7 @@ __all__ = [
     "accelerate",
     "convert",
     "functional",
+    "fusion_report",
     "modules",
     "register_conversion",
     "revert",

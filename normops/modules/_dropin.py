@@ -46,7 +46,9 @@ class WithEpilogue(DropIn):
         """What TorchScript wants to know; what is said of the constructor: the torch layer's arguments, and these."""
         super().__init_subclass__(**kwargs)
         constants = {name for base in cls.__mro__ for name in base.__dict__.get("__constants__", ())}
-        cls.__constants__ = sorted(constants | {"activation", "negative_slope"})
+        cls.__constants__ = sorted(  # type: ignore[attr-defined]
+            constants | {"activation", "negative_slope"}
+        )
         if "__init__" in cls.__dict__:
             parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         else:

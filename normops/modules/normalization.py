@@ -136,7 +136,9 @@ class AddLayerNorm(DropIn, torch.nn.LayerNorm):
     :func:`normops.functional.add_layer_norm`.
     """
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return F.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -147,5 +149,7 @@ class AddRMSNorm(DropIn, torch.nn.RMSNorm):
     :func:`normops.functional.add_rms_norm`.
     """
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return F.add_rms_norm(input, residual, self.normalized_shape, self.weight, self.eps)

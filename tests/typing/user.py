@@ -87,7 +87,7 @@ assert_type(normops.__version__, str)
 
 def mistakes(x: Tensor) -> None:
     """An ignore that is not needed is an error."""
-    normops.BatchNorm2d("8")  # type: ignore[arg-type]
+    normops.BatchNorm2d(8, activation=1)  # type: ignore[arg-type]
     normops.LayerNorm2d(8).forward([1.0])  # type: ignore[arg-type]
     normops.convert([nn.LayerNorm(8)])  # type: ignore[type-var]
     normops.set_compile_mode("other")  # type: ignore[arg-type]

@@ -23,7 +23,6 @@
 namespace normops {
 namespace {
 
-using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Mask2 = std::array<bool, 2>;
 
 // What is covered. The dtypes are those that torch's kernels take, so that what they refuse is left to them to refuse.

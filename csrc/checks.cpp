@@ -51,6 +51,32 @@ void check_running_stats(const char* op, const OptionalTensor& mean, const Optio
   }
 }
 
+void check_residual(const char* op, const at::Tensor& residual, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(residual.sym_sizes().equals(input.sym_sizes()), op, ": expected residual of the shape of input (",
+                    input.sym_sizes(), "), got ", residual.sym_sizes(), ": it is not broadcast");
+  TORCH_CHECK_TYPE(residual.scalar_type() == input.scalar_type(), op, ": expected residual of the dtype of input (",
+                   input.scalar_type(), "), got ", residual.scalar_type(), ": it is not promoted");
+  TORCH_CHECK_VALUE(residual.device() == input.device(), op, ": expected residual on the device of input (",
+                    input.device(), "), got ", residual.device());
+  TORCH_CHECK_TYPE(residual.layout() == at::kStrided, op, ": expected residual with strided layout, got ",
+                   residual.layout());
+}
+
+Extras check_extras(const char* op, const at::Tensor& input, const OptionalName& activation, double negative_slope,
+                    const OptionalTensor& residual, double weight_offset) {
+  Extras extras{{0, negative_slope}, residual, weight_offset};
+  if (activation) {
+    extras.activation.kind = activation_kind(*activation);
+    TORCH_CHECK_VALUE(extras.activation, op, ": expected activation to be None or one of ", known_activations(),
+                      ", got '", *activation, "'");
+  }
+  TORCH_CHECK_VALUE(negative_slope == Activation{}.negative_slope || activation == "leaky_relu", op,
+                    ": expected negative_slope only with activation='leaky_relu', got ", negative_slope,
+                    activation ? " with '" + std::string(*activation) + "'" : " without an activation");
+  if (defined(residual)) check_residual(op, *residual, input);
+  return extras;
+}
+
 void check_normalized_shape(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape) {
   TORCH_CHECK(!normalized_shape.empty(), op, ": expected normalized_shape with at least one entry, got []");
   const auto sizes = input.sym_sizes();

@@ -3,7 +3,7 @@
 // Checks of the arguments of the public operators. Messages name the operator, the argument, what was expected and
 // what came; the type of the exception is the one torch raises.
 
-#include "tensors.h"
+#include "extras.h"
 
 namespace normops {
 
@@ -28,6 +28,11 @@ void check_channels(const char* op, const at::Tensor& input, std::initializer_li
 // Running statistics: both or neither, of shape (C), not differentiable.
 void check_running_stats(const char* op, const OptionalTensor& mean, const OptionalTensor& var,
                          const at::Tensor& input);
+
+// A residual like the input; an activation that is known, and a slope only where there is a use for it.
+Extras check_extras(const char* op, const at::Tensor& input, const OptionalName& activation, double negative_slope,
+                    const OptionalTensor& residual, double weight_offset = 0);
+void check_residual(const char* op, const at::Tensor& residual, const at::Tensor& input);
 
 // input.shape[-k:] == normalized_shape, which has k >= 1 entries.
 void check_normalized_shape(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape);

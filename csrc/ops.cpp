@@ -3,36 +3,57 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-// Public operators have torch.nn.functional's arguments and are made of the private ones, which do the work and are
-// what torch.compile sees. Statistics travel in float64. Later arguments (activation, residual, mask) go behind the
-// star.
+// Public operators have torch.nn.functional's arguments, with their own behind the star, and are made of the private
+// ones, which do the work and are what torch.compile sees. Statistics travel in float64.
+#define NORMOPS_EXTRAS "str? activation=None, float negative_slope=0.01, Tensor? residual=None"
+
 TORCH_LIBRARY(normops, m) {
   m.def(
-      "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05)"
-      " -> Tensor");
-  m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor");
+      "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05,"
+      " *, " NORMOPS_EXTRAS ", float weight_offset=0.0) -> Tensor");
+  m.def(
+      "rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None,"
+      " *, " NORMOPS_EXTRAS ", float weight_offset=0.0) -> Tensor");
   m.def(
       "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
-      " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05) -> Tensor");
+      " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05, *, " NORMOPS_EXTRAS ") -> Tensor");
   m.def(
       "instance_norm(Tensor input, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? weight=None,"
-      " Tensor? bias=None, bool use_input_stats=True, float momentum=0.1, float eps=1e-05) -> Tensor");
+      " Tensor? bias=None, bool use_input_stats=True, float momentum=0.1, float eps=1e-05,"
+      " *, " NORMOPS_EXTRAS ") -> Tensor");
   m.def(
-      "group_norm(Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> Tensor");
+      "group_norm(Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05,"
+      " *, " NORMOPS_EXTRAS ") -> Tensor");
+  m.def(
+      "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
+      " Tensor? bias=None, float eps=1e-05, *, float weight_offset=0.0) -> (Tensor output, Tensor sum)");
+  m.def(
+      "add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None,"
+      " *, float weight_offset=0.0) -> (Tensor output, Tensor sum)");
 
+  // Of the backward: where there is an activation, its derivative is taken from `output`, if that is given, or from
+  // what the input, bias and residual make anew. The last result is the gradient of the residual.
+#define NORMOPS_BACKWARD_EXTRAS \
+  "Tensor? bias=None, Tensor? residual=None, Tensor? output=None, str? activation=None, float negative_slope=0.01"
   m.def(
-      "_row_norm(Tensor input, int normalized_ndim, Tensor? weight, Tensor? bias, float eps, bool centered)"
+      "_row_norm(Tensor input, int normalized_ndim, Tensor? weight, Tensor? bias, float eps, bool centered,"
+      " Tensor? residual=None, str? activation=None, float negative_slope=0.01, float weight_offset=0.0)"
       " -> (Tensor output, Tensor mean, Tensor rstd)");
   m.def(
       "_row_norm_backward(Tensor grad_output, Tensor input, int normalized_ndim, Tensor mean, Tensor rstd,"
-      " Tensor? weight, float eps, bool centered, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      " Tensor? weight, float eps, bool centered, bool[4] output_mask, " NORMOPS_BACKWARD_EXTRAS
+      ", float weight_offset=0.0, Tensor? grad_sum=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_add_row_norm(Tensor input, Tensor residual, int normalized_ndim, Tensor? weight, Tensor? bias, float eps,"
+      " bool centered, float weight_offset=0.0) -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)");
   m.def(
       "_channel_norm(Tensor input, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, SymInt num_groups,"
-      " bool over_batch, float eps) -> (Tensor output, Tensor mean, Tensor var)");
+      " bool over_batch, float eps, Tensor? residual=None, str? activation=None, float negative_slope=0.01)"
+      " -> (Tensor output, Tensor mean, Tensor var)");
   m.def(
       "_channel_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight,"
-      " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[3] output_mask)"
-      " -> (Tensor, Tensor, Tensor)");
+      " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[4] output_mask, " NORMOPS_BACKWARD_EXTRAS
+      ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("_channel_moments(Tensor input) -> (Tensor mean, Tensor var)");
   m.def("_merge_moments(Tensor count, Tensor mean, Tensor var) -> (Tensor mean, Tensor var)");
   m.def(
@@ -54,52 +75,112 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+OptionalName name_of(const Activation& activation) { return activation_name(activation.kind); }
+
+Tensors3 first_three(Tensors4 grads) {
+  return {std::move(std::get<0>(grads)), std::move(std::get<1>(grads)), std::move(std::get<2>(grads))};
+}
+
 }  // namespace
 
 at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps) {
+                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                      const OptionalTensor& residual, double weight_offset) {
   static const auto op = find<decltype(layer_norm)>("normops::layer_norm");
-  return op.call(input, normalized_shape, weight, bias, eps);
+  return op.call(input, normalized_shape, weight, bias, eps, activation, negative_slope, residual, weight_offset);
 }
 
 at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                    std::optional<double> eps) {
+                    std::optional<double> eps, OptionalName activation, double negative_slope,
+                    const OptionalTensor& residual, double weight_offset) {
   static const auto op = find<decltype(rms_norm)>("normops::rms_norm");
-  return op.call(input, normalized_shape, weight, eps);
+  return op.call(input, normalized_shape, weight, eps, activation, negative_slope, residual, weight_offset);
 }
 
 at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps) {
+                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                      const OptionalTensor& residual) {
   static const auto op = find<decltype(group_norm)>("normops::group_norm");
-  return op.call(input, std::move(num_groups), weight, bias, eps);
+  return op.call(input, std::move(num_groups), weight, bias, eps, activation, negative_slope, residual);
+}
+
+Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
+                        const OptionalTensor& weight, const OptionalTensor& bias, double eps, double weight_offset) {
+  static const auto op = find<decltype(add_layer_norm)>("normops::add_layer_norm");
+  return op.call(input, residual, normalized_shape, weight, bias, eps, weight_offset);
+}
+
+Tensors2 add_rms_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
+                      const OptionalTensor& weight, std::optional<double> eps, double weight_offset) {
+  static const auto op = find<decltype(add_rms_norm)>("normops::add_rms_norm");
+  return op.call(input, residual, normalized_shape, weight, eps, weight_offset);
 }
 
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
-                  const OptionalTensor& bias, double eps, bool centered) {
-  static const auto op = find<decltype(row_norm)>("normops::_row_norm");
-  return op.call(input, normalized_ndim, weight, bias, eps, centered);
+                  const OptionalTensor& bias, double eps, bool centered, const Extras& extras) {
+  static const auto op =
+      find<Tensors3(const at::Tensor&, int64_t, const OptionalTensor&, const OptionalTensor&, double, bool,
+                    const OptionalTensor&, OptionalName, double, double)>("normops::_row_norm");
+  return op.call(input, normalized_ndim, weight, bias, eps, centered, extras.residual, name_of(extras.activation),
+                 extras.activation.negative_slope, extras.weight_offset);
+}
+
+Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
+                           const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
+                           bool centered, Mask4 output_mask, const BackwardExtras& extras) {
+  static const auto op =
+      find<Tensors4(const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&, const at::Tensor&,
+                    const OptionalTensor&, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, OptionalName, double, double, const OptionalTensor&)>(
+          "normops::_row_norm_backward");
+  return op.call(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, extras.bias,
+                 extras.residual, extras.output, name_of(extras.activation), extras.activation.negative_slope,
+                 extras.weight_offset, extras.grad_sum);
 }
 
 Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
-                           bool centered, Mask3 output_mask) {
-  static const auto op = find<decltype(row_norm_backward)>("normops::_row_norm_backward");
-  return op.call(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask);
+                           bool centered, Mask3 mask) {
+  return first_three(row_norm_backward(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered,
+                                       {mask[0], mask[1], mask[2], false}, {}));
+}
+
+Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64_t normalized_ndim,
+                      const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
+                      double weight_offset) {
+  static const auto op = find<decltype(add_row_norm)>("normops::_add_row_norm");
+  return op.call(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offset);
 }
 
 Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
                       const OptionalTensor& weight, const OptionalTensor& bias, c10::SymInt num_groups, bool over_batch,
-                      double eps) {
-  static const auto op = find<decltype(channel_norm)>("normops::_channel_norm");
-  return op.call(input, mean, var, weight, bias, std::move(num_groups), over_batch, eps);
+                      double eps, const Extras& extras) {
+  static const auto op =
+      find<Tensors3(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, c10::SymInt, bool, double, const OptionalTensor&, OptionalName, double)>(
+          "normops::_channel_norm");
+  return op.call(input, mean, var, weight, bias, std::move(num_groups), over_batch, eps, extras.residual,
+                 name_of(extras.activation), extras.activation.negative_slope);
+}
+
+Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                               const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
+                               bool over_batch, double eps, bool input_stats, Mask4 output_mask,
+                               const BackwardExtras& extras) {
+  static const auto op =
+      find<Tensors4(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                    c10::SymInt, bool, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, OptionalName, double)>("normops::_channel_norm_backward");
+  return op.call(grad_output, input, mean, var, weight, std::move(num_groups), over_batch, eps, input_stats,
+                 output_mask, extras.bias, extras.residual, extras.output, name_of(extras.activation),
+                 extras.activation.negative_slope);
 }
 
 Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
-                               bool over_batch, double eps, bool input_stats, Mask3 output_mask) {
-  static const auto op = find<decltype(channel_norm_backward)>("normops::_channel_norm_backward");
-  return op.call(grad_output, input, mean, var, weight, std::move(num_groups), over_batch, eps, input_stats,
-                 output_mask);
+                               bool over_batch, double eps, bool input_stats, Mask3 mask) {
+  return first_three(channel_norm_backward(grad_output, input, mean, var, weight, std::move(num_groups), over_batch,
+                                           eps, input_stats, {mask[0], mask[1], mask[2], false}, {}));
 }
 
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,

@@ -8,9 +8,12 @@ kernels of this library. ``normops.BatchNorm2d`` and the others are drop-ins for
 from normops import functional, modules
 from normops._ops import BUILD_INFO
 from normops.acceleration import accelerate
+from normops.backend import fusion_report
 from normops.compilation import set_compile_mode
 from normops.conversion import convert, revert, summary
 from normops.modules import (
+    AddLayerNorm,
+    AddRMSNorm,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
@@ -34,6 +37,8 @@ from normops.registry import register_conversion
 __version__: str = BUILD_INFO["version"]
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -54,6 +59,7 @@ __all__ = [
     "accelerate",
     "convert",
     "functional",
+    "fusion_report",
     "modules",
     "register_conversion",
     "revert",

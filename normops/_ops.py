@@ -39,37 +39,49 @@ def _masked(output_mask, *makers):
     return tuple(make() if wanted else None for wanted, make in zip(output_mask, makers, strict=True))
 
 
+def _row_statistics(input, normalized_ndim):
+    shape = [*input.shape[: input.dim() - normalized_ndim], *[1] * normalized_ndim]
+    return tuple(input.new_empty(shape, dtype=torch.float64) for _ in range(2))
+
+
 @torch.library.register_fake("normops::_row_norm")
-def _(input, normalized_ndim, weight, bias, eps, centered):
-    statistics = [*input.shape[: input.dim() - normalized_ndim], *[1] * normalized_ndim]
+def _(input, normalized_ndim, weight, bias, eps, centered, *extras, **more):
     # LayerNorm is always contiguous, as torch's.
     output = input.new_empty(input.shape) if centered else _dense_like(input)
-    return output, *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
+    return output, *_row_statistics(input, normalized_ndim)
+
+
+@torch.library.register_fake("normops::_add_row_norm")
+def _(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offset=0.0):
+    return *(input.new_empty(input.shape) for _ in range(2)), *_row_statistics(input, normalized_ndim)
 
 
 @torch.library.register_fake("normops::_row_norm_backward")
-def _(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask):
+def _(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, *extras, **more):
     def parameter():
         return input.new_empty(input.shape[input.dim() - normalized_ndim :], dtype=_acc_dtype(input))
 
     def grad_input():
         return input.new_empty(input.shape) if centered else _dense_like(grad_output)
 
-    return _masked(output_mask, grad_input, parameter, parameter)
+    return _masked(output_mask, grad_input, parameter, parameter, grad_input)
 
 
 @torch.library.register_fake("normops::_channel_norm")
-def _(input, mean, var, weight, bias, num_groups, over_batch, eps):
+def _(input, mean, var, weight, bias, num_groups, over_batch, eps, *extras, **more):
     statistics = [num_groups] if over_batch else [input.shape[0], num_groups]
     return _dense_like(input), *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
 
 
 @torch.library.register_fake("normops::_channel_norm_backward")
-def _(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats, output_mask):
+def _(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats, output_mask, *extras, **more):
     def parameter():
         return input.new_empty([input.shape[1]], dtype=_acc_dtype(input))
 
-    return _masked(output_mask, lambda: _dense_like(input), parameter, parameter)
+    def grad_input():
+        return _dense_like(input)
+
+    return _masked(output_mask, grad_input, parameter, parameter, grad_input)
 
 
 def _per_channel(input):

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 import torch
 
+from normops import _activations
+
 __all__ = ["set_compile_mode"]
 
 _MODES = ("kernel", "decompose")
@@ -49,11 +51,29 @@ def _set(mode: str) -> None:
     current = mode
 
 
-def decomposed(name: str, input: torch.Tensor, *args: Any) -> torch.Tensor:
+def decomposed(
+    name: str,
+    input: torch.Tensor,
+    *args: Any,
+    activation: str | None = None,
+    negative_slope: float = _activations.DEFAULT_SLOPE,
+    residual: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Any:
     """``torch.nn.functional.<name>`` for the dtypes that normops takes: all in the type of the arithmetic."""
+    if name in ("add_layer_norm", "add_rms_norm"):
+        total = input + args[0]
+        norm = "layer_norm" if name == "add_layer_norm" else "rms_norm"
+        return decomposed(norm, total, *args[1:], weight_offset=weight_offset), total
+    _activations.check(name, activation, negative_slope)
     arithmetic = torch.promote_types(input.dtype, torch.float32)
     converted = [arg.to(arithmetic) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    if weight_offset and converted[1:2] != [None]:
+        converted[1] = converted[1] + weight_offset
     output = getattr(torch.nn.functional, name)(input.to(arithmetic), *converted)
+    if residual is not None:
+        output = output + residual.to(arithmetic)
+    output = _activations.apply(output, activation, negative_slope)
     if name in ("batch_norm", "instance_norm"):
         *running, _, _, use_input_stats = zip(args[:5], converted[:5], strict=True)
         for statistic, moved in running:

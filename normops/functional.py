@@ -7,6 +7,17 @@ implementation. All of them compute
 
 and differ in the elements over which ``mean`` and ``var`` (biased) are taken.
 
+Behind torch's arguments, by keyword alone, they take what often follows a norm, and do it in the same pass over memory:
+
+.. math:: \mathrm{activation}(y + \mathrm{residual})
+
+``activation`` is ``None``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (with ``negative_slope``), ``"elu"``, ``"silu"``,
+``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``; ``residual`` a tensor of the input's shape, dtype and device, in any
+strides. What the backward needs of the activation it makes anew from the input, or takes from the output if there is a
+residual (``relu``, ``leaky_relu``); the other activations keep the residual. The row layers also take
+``weight_offset``, a number that is added to the weight wherever it is used: 1 for a weight stored as its distance from
+one. :func:`add_layer_norm` and :func:`add_rms_norm` add first, and return the sum beside its norm.
+
 ``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
 be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in
 float32 (float64 for float64), and statistics are merged in float64. Contiguous and channels_last inputs are read as
@@ -15,7 +26,9 @@ differentiated any number of times, forward and backward, and works under ``torc
 
 Errors are of the types that torch raises: ``NotImplementedError`` for an input that is not floating or not strided,
 ``ValueError`` for too few values per statistic or an impossible eps, ``TypeError`` for an argument of the wrong type,
-and ``RuntimeError`` for shapes, parameters and devices that do not fit.
+and ``RuntimeError`` for shapes, parameters and devices that do not fit. Of what torch does not have, an ``activation``
+that is not known, a ``negative_slope`` without ``"leaky_relu"``, and a ``residual`` of another shape or device are
+``ValueError``, and a ``residual`` of another dtype is a ``TypeError``: it is neither broadcast nor promoted.
 """
 
 import re
@@ -26,10 +39,20 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from normops import _ops, compilation  # noqa: F401  (_ops registers the operators)
+from normops import _activations, _ops, compilation  # noqa: F401  (_ops registers the operators)
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+]
 
+_add_layer_norm = torch.ops.normops.add_layer_norm.default
+_add_rms_norm = torch.ops.normops.add_rms_norm.default
 _batch_norm = torch.ops.normops.batch_norm.default
 _group_norm = torch.ops.normops.group_norm.default
 _instance_norm = torch.ops.normops.instance_norm.default
@@ -37,23 +60,40 @@ _layer_norm = torch.ops.normops.layer_norm.default
 _rms_norm = torch.ops.normops.rms_norm.default
 
 
-def _call(op: Any, *args: Any) -> Any:
+def _call(op: Any, *args: Any, **extras: Any) -> Any:
     if compilation.current == "decompose" and torch.compiler.is_compiling():
-        return compilation.decomposed(op._opname, *args)
+        return compilation.decomposed(op._opname, *args, **extras)
     try:
-        return op(*args)
+        return op(*args, **extras)
     except RuntimeError as error:
         if wrong := _WRONG_TYPE.search(str(error)):
-            raise TypeError(_type_message(op, args, *wrong.groups())) from None
+            raise TypeError(_type_message(op, args, extras, *wrong.groups())) from None
         raise
+
+
+def _extras(
+    activation: str | None, negative_slope: float, residual: Tensor | None, weight_offset: float = 0.0
+) -> dict[str, Any]:
+    """What is not as it is by default: an operator takes time for every argument."""
+    extras: dict[str, Any] = {}
+    if activation is not None:
+        extras["activation"] = activation
+    if negative_slope != _activations.DEFAULT_SLOPE:
+        extras["negative_slope"] = negative_slope
+    if residual is not None:
+        extras["residual"] = residual
+    if weight_offset != 0.0:
+        extras["weight_offset"] = weight_offset
+    return extras
 
 
 # Torch's own functions raise TypeError for an argument of the wrong type, and in one line.
 _WRONG_TYPE = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)'")
 
 
-def _type_message(op: Any, args: tuple[Any, ...], wanted: str, name: str) -> str:
-    value = args[[argument.name for argument in op._schema.arguments].index(name)]
+def _type_message(op: Any, args: tuple[Any, ...], extras: dict[str, Any], wanted: str, name: str) -> str:
+    value = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | extras
+    value = value[name]
     got = type(value).__name__
     if isinstance(value, (tuple, list)):
         got += " of " + (", ".join(sorted({type(item).__name__ for item in value})) or "nothing")
@@ -78,6 +118,10 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Batch normalization: one statistic per channel, over the batch and all positions.
 
@@ -92,13 +136,25 @@ def batch_norm(
         training: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance; positive when ``training``.
+        activation, negative_slope, residual: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: one value per channel with ``training=True``; only one of the running statistics; a bad ``eps``.
         RuntimeError: a parameter or running statistic of the wrong shape or device; none of the latter in evaluation.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    return _call(_batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _call(
+        _batch_norm,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        **_extras(activation, negative_slope, residual),
+    )
 
 
 def instance_norm(
@@ -110,6 +166,10 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Instance normalization: one statistic per sample and channel, over all positions.
 
@@ -125,6 +185,7 @@ def instance_norm(
         use_input_stats: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance.
+        activation, negative_slope, residual: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: one position per channel with ``use_input_stats=True``; only one of the running statistics.
@@ -132,7 +193,18 @@ def instance_norm(
             ``use_input_stats=False``.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    return _call(_instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _call(
+        _instance_norm,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        use_input_stats,
+        momentum,
+        eps,
+        **_extras(activation, negative_slope, residual),
+    )
 
 
 def group_norm(
@@ -141,6 +213,10 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Group normalization: one statistic per sample and group of channels, over all positions.
 
@@ -152,13 +228,14 @@ def group_norm(
             the whole sample.
         weight, bias: shape :math:`(C)`, or ``None``.
         eps: added to the variance.
+        activation, negative_slope, residual: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: a single sample with one value per group.
         RuntimeError: ``num_groups`` does not divide the channels; a parameter of the wrong shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    return _call(_group_norm, input, num_groups, weight, bias, eps)
+    return _call(_group_norm, input, num_groups, weight, bias, eps, **_extras(activation, negative_slope, residual))
 
 
 def layer_norm(
@@ -167,6 +244,11 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor:
     r"""Layer normalization: one statistic per row, the last ``len(normalized_shape)`` dimensions.
 
@@ -177,6 +259,7 @@ def layer_norm(
         normalized_shape: the trailing dimensions of ``input``.
         weight, bias: shape ``normalized_shape``, or ``None``.
         eps: added to the variance.
+        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; a parameter has another shape
@@ -185,7 +268,15 @@ def layer_norm(
     """
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("layer_norm", normalized_shape)
-    return _call(_layer_norm, input, normalized_shape, weight, bias, eps)
+    return _call(
+        _layer_norm,
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        **_extras(activation, negative_slope, residual, weight_offset),
+    )
 
 
 def rms_norm(
@@ -193,6 +284,11 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor:
     r"""Root mean square layer normalization: :math:`x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}} \cdot \mathrm{weight}`
     over the last ``len(normalized_shape)`` dimensions.
@@ -205,6 +301,7 @@ def rms_norm(
         normalized_shape: the trailing dimensions of ``input``.
         weight: shape ``normalized_shape``, or ``None``.
         eps: added to the mean square; ``None`` is the machine epsilon of float32 (of float64 for float64), as in torch.
+        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; ``weight`` has another shape
@@ -213,7 +310,68 @@ def rms_norm(
     """
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("rms_norm", normalized_shape)
-    return _call(_rms_norm, input, normalized_shape, weight, eps)
+    return _call(
+        _rms_norm, input, normalized_shape, weight, eps, **_extras(activation, negative_slope, residual, weight_offset)
+    )
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""``(layer_norm(input + residual), input + residual)``: both are read once, and both results written once.
+
+    The backward takes both gradients in one pass. The sum is rounded to the dtype of ``input`` before it is normalized,
+    as that of torch's ``+`` is.
+
+    Args:
+        input: shape :math:`(*, \text{normalized\_shape})`. Both results have it, and are contiguous.
+        residual: a tensor of the shape, dtype and device of ``input``, in any strides.
+        normalized_shape, weight, bias, eps, weight_offset: as in :func:`layer_norm`.
+
+    Raises:
+        ValueError, TypeError: ``residual`` has another shape or device; another dtype.
+        RuntimeError, NotImplementedError: as in :func:`layer_norm`.
+    """
+    if not isinstance(normalized_shape, (tuple, list)):
+        _check_is_shape("add_layer_norm", normalized_shape)
+    extras = _extras(None, _activations.DEFAULT_SLOPE, None, weight_offset)
+    return _call(_add_layer_norm, input, residual, normalized_shape, weight, bias, eps, **extras)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""``(rms_norm(input + residual), input + residual)``: both are read once, and both results written once.
+
+    The backward takes both gradients in one pass. The sum is rounded to the dtype of ``input`` before it is normalized,
+    as that of torch's ``+`` is.
+
+    Args:
+        input: shape :math:`(*, \text{normalized\_shape})`. Both results have it, and are contiguous.
+        residual: a tensor of the shape, dtype and device of ``input``, in any strides.
+        normalized_shape, weight, eps, weight_offset: as in :func:`rms_norm`.
+
+    Raises:
+        ValueError, TypeError: ``residual`` has another shape or device; another dtype.
+        RuntimeError, NotImplementedError: as in :func:`rms_norm`.
+    """
+    if not isinstance(normalized_shape, (tuple, list)):
+        _check_is_shape("add_rms_norm", normalized_shape)
+    extras = _extras(None, _activations.DEFAULT_SLOPE, None, weight_offset)
+    return _call(_add_rms_norm, input, residual, normalized_shape, weight, eps, **extras)
 
 
 # In TorchScript a call of one of these functions is a call of the operator.

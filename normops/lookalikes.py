@@ -26,9 +26,10 @@ from normops.registry import register_conversion
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def _rms_norm(module, input, weight):
+def _rms_norm(module, input, weight, weight_offset=0.0):
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return F.rms_norm(input, input.shape[-1:] if weight is None else weight.shape, weight, eps)
+    shape = input.shape[-1:] if weight is None else weight.shape
+    return F.rms_norm(input, shape, weight, eps, weight_offset=weight_offset)
 
 
 def llama_rms_norm(module, input):
@@ -54,7 +55,7 @@ def wide_rms_norm(module, input):
 
 def gemma_rms_norm(module, input):
     """All in float32, with one more than the weight."""
-    return _rms_norm(module, input, 1.0 + module.weight.float())
+    return _rms_norm(module, input, module.weight, weight_offset=1.0)
 
 
 def cohere_layer_norm(module, input):

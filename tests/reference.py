@@ -1,12 +1,31 @@
 """The layers in float64 and plain torch operations, one page to be read and believed: what everything is compared with.
 
-The functions take the arguments of their namesakes in ``torch.nn.functional`` (but move no running statistics) and are
+The functions take the arguments of their namesakes in ``normops.functional`` (but move no running statistics) and are
 differentiable to any order.
 ``frozen=True`` treats the statistics as constants, which leaves of the gradient only its first term, rstd * weight *
 dy: the scale against which the rounding errors of the whole are measured.
 """
 
+import math
+
 import torch
+
+ACTIVATIONS = {
+    "relu": lambda z, slope: z.clamp(min=0),
+    "relu6": lambda z, slope: z.clamp(0, 6),
+    "leaky_relu": lambda z, slope: torch.where(z > 0, z, slope * z),
+    "elu": lambda z, slope: torch.where(z > 0, z, torch.expm1(z.clamp(max=0))),
+    "silu": lambda z, slope: z * torch.sigmoid(z),
+    "gelu": lambda z, slope: z * (1 + torch.erf(z / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda z, slope: z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
+    "hardswish": lambda z, slope: z * (z + 3).clamp(0, 6) / 6,
+}
+
+
+def _finished(y, activation=None, negative_slope=0.01, residual=None):
+    """activation(y + residual)"""
+    z = y if residual is None else y + residual.double()
+    return z if activation is None else ACTIVATIONS[activation](z, negative_slope)
 
 
 def _standardized(x, dims, eps, centered=True, frozen=False):
@@ -36,30 +55,48 @@ def _channel_norm(input, dims, running_mean, running_var, weight, bias, use_inpu
     return _affine(x, _per_channel(weight), _per_channel(bias)).reshape(input.shape)
 
 
-def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, eps=1e-5, frozen=False):
-    return _channel_norm(input, (0, 2), running_mean, running_var, weight, bias, training, eps, frozen)
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, eps=1e-5, frozen=False, **extras
+):
+    y = _channel_norm(input, (0, 2), running_mean, running_var, weight, bias, training, eps, frozen)
+    return _finished(y, **extras)
 
 
 def instance_norm(
-    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, eps=1e-5, frozen=False
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    eps=1e-5,
+    frozen=False,
+    **extras,
 ):
-    return _channel_norm(input, (2,), running_mean, running_var, weight, bias, use_input_stats, eps, frozen)
+    y = _channel_norm(input, (2,), running_mean, running_var, weight, bias, use_input_stats, eps, frozen)
+    return _finished(y, **extras)
 
 
-def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, frozen=False):
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, frozen=False, **extras):
     samples, channels = input.shape[:2]
     groups = input.double().reshape(samples, num_groups, input[0].numel() // num_groups)
     x = _standardized(groups, (2,), eps, frozen=frozen).reshape(samples, channels, -1)
-    return _affine(x, _per_channel(weight), _per_channel(bias)).reshape(input.shape)
+    return _finished(_affine(x, _per_channel(weight), _per_channel(bias)).reshape(input.shape), **extras)
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, frozen=False):
+def _moved(weight, offset):
+    return None if weight is None else weight.double() + offset
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, frozen=False, weight_offset=0, **extras):
     dims = tuple(range(-len(normalized_shape), 0))
-    return _affine(_standardized(input.double(), dims, eps, frozen=frozen), weight, bias)
+    x = _standardized(input.double(), dims, eps, frozen=frozen)
+    return _finished(_affine(x, _moved(weight, weight_offset), bias), **extras)
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None, frozen=False):
+def rms_norm(input, normalized_shape, weight=None, eps=None, frozen=False, weight_offset=0, **extras):
     if eps is None:  # the epsilon of the arithmetic, which the caller has to give where it is not float64
         eps = torch.finfo(torch.float64).eps
     dims = tuple(range(-len(normalized_shape), 0))
-    return _affine(_standardized(input.double(), dims, eps, centered=False, frozen=frozen), weight, None)
+    x = _standardized(input.double(), dims, eps, centered=False, frozen=frozen)
+    return _finished(_affine(x, _moved(weight, weight_offset), None), **extras)

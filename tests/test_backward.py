@@ -89,17 +89,17 @@ def test_backward_does_not_read_the_running_stats_again():
 
 
 @pytest.mark.parametrize("length", [5, 1000])
-@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_masks(mask, length, device):
     """The backward operators compute what is asked for, and nothing where nothing is."""
     ops = torch.ops.normops
     x, dy = torch.randn(2, 4, 6, length, device=device)
     weight = torch.randn(length, device=device)
     _, mean, rstd = ops._row_norm(x, 1, weight, None, 1e-5, True)
-    everything = ops._row_norm_backward(dy, x, 1, mean, rstd, weight, 1e-5, True, [True] * 3)
+    everything = ops._row_norm_backward(dy, x, 1, mean, rstd, weight, 1e-5, True, [True] * 4)
     rows = ops._row_norm_backward(dy, x, 1, mean, rstd, weight, 1e-5, True, mask)
     _, mean, var = ops._channel_norm(x, None, None, None, None, 2, False, 1e-5)
-    everything += ops._channel_norm_backward(dy, x, mean, var, None, 2, False, 1e-5, True, [True] * 3)
+    everything += ops._channel_norm_backward(dy, x, mean, var, None, 2, False, 1e-5, True, [True] * 4)
     channels = ops._channel_norm_backward(dy, x, mean, var, None, 2, False, 1e-5, True, mask)
     for wanted, result, expected in zip(2 * mask, rows + channels, everything, strict=True):
         assert torch.equal(result, expected) if wanted else result is None

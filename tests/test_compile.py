@@ -60,7 +60,7 @@ def test_opcheck_of_private_operators(case, mask, requires_grad, device):
     for tensor in (forward[0], *backward[:2], *sample.parameters.values()):
         tensor.requires_grad_(requires_grad)
     torch.library.opcheck(getattr(OPS, name).default, forward)
-    torch.library.opcheck(getattr(OPS, f"{name}_backward").default, (*backward, mask))
+    torch.library.opcheck(getattr(OPS, f"{name}_backward").default, (*backward, (*mask, False)))
 
 
 def test_opcheck_of_running_stats(device):

@@ -209,7 +209,7 @@ def test_nothing_moves_before_the_checks():
 
 # The private operators are open to anyone: whatever they are given, they have to stay inside their memory.
 
-MASK = [True, True, True]
+MASK = [True, True, True, False]
 ROWS = torch.ones(4, 6, 1, dtype=torch.float64)
 CHANNELS = torch.ones(6, dtype=torch.float64)
 PRIVATE = {

@@ -39,7 +39,8 @@ def test_symbolic_trace_of_a_layer(case):
         with pytest.raises(torch.fx.proxy.TraceError):
             torch.fx.symbolic_trace(case.make(normops))
     else:
-        assert nodes(torch.fx.symbolic_trace(case.make(normops))) == expected
+        traced = nodes(torch.fx.symbolic_trace(case.make(normops)))
+        assert [node for node in traced if node != ("placeholder", "residual")] == expected
 
 
 @each_case

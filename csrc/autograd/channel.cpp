@@ -20,26 +20,34 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
   static constexpr size_t kDifferentiable = 1;  // not the statistics
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& given_mean,
-                               const OptionalTensor& given_var, const c10::SymInt& num_groups, bool over_batch,
-                               double eps) {
+                               const OptionalTensor& bias, const OptionalTensor& residual,
+                               const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                               const c10::SymInt& num_groups, bool over_batch, double eps, const Extras& extras) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [output, mean, var] =
-        ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps);
-    ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, var});
+        ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps, extras);
+    variable_list saved{input, weight.value_or(at::Tensor()), mean, var};
+    save_for_activation(saved, extras, bias, output);
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["eps"] = eps;
-    save_mask(ctx, {!defined(given_mean), defined(bias)});
+    save_mask(ctx, {!defined(given_mean), defined(bias), defined(residual)});
+    save_extras(ctx, extras);
     return {output, mean, var};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    if (!grads[0].defined()) return variable_list(8);
-    const auto [input_stats, has_bias, _] = saved_mask(ctx);
-    auto [dx, dweight, dbias] = ops::channel_norm_backward(
+    if (!grads[0].defined()) return variable_list(10);
+    const auto [input_stats, has_bias, has_residual] = saved_mask(ctx);
+    BackwardExtras extras = saved_extras(ctx);
+    restore_for_activation(extras, saved, 4);
+    Mask4 wanted = gradients_wanted(ctx, saved[1].defined(), has_bias, has_residual);
+    const bool same = wanted[3] && !extras.activation;  // a sum hands its gradient on as it is
+    wanted[3] = wanted[3] && !same;
+    auto [dx, dweight, dbias, dresidual] = ops::channel_norm_backward(
         grads[0], saved[0], saved[2], saved[3], saved[1], groups_of(saved[2]), is_over_batch(saved[2]),
-        ctx->saved_data["eps"].toDouble(), input_stats, gradients_wanted(ctx, saved[1].defined(), has_bias));
-    return {dx, dweight, dbias, {}, {}, {}, {}, {}};
+        ctx->saved_data["eps"].toDouble(), input_stats, wanted, extras);
+    return {dx, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -78,48 +86,64 @@ struct ChannelNormBackward : torch::autograd::Function<ChannelNormBackward> {
   }
 };
 
-Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
-                               bool over_batch, double eps, bool input_stats, Mask3 output_mask) {
-  if (composition_needed(grad_output, input, weight)) {
+                               bool over_batch, double eps, bool input_stats, Mask4 output_mask,
+                               const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& output,
+                               OptionalName activation, double negative_slope) {
+  const BackwardExtras extras{as_activation(activation, negative_slope), bias, residual, output};
+  // The composition has derivatives of its own.
+  if (composition_needed(grad_output, input, weight, bias, residual, output) ||
+      (extras.any() && gradient_needed(grad_output, input, weight, bias, residual, output))) {
     const OptionalTensor none;
     const Layer layer =
         channel_layer(input, num_groups, over_batch, eps, input_stats ? none : mean, input_stats ? none : var);
-    return compose_backward(layer, grad_output, input, weight, output_mask);
+    return compose_backward(layer, grad_output, input, weight, output_mask, extras);
   }
   if (gradient_needed(grad_output, input, weight)) {
-    return all_three(record<ChannelNormBackward>(grad_output, input, mean, var, weight, num_groups, over_batch, eps,
-                                                 input_stats, output_mask),
-                     output_mask);
+    const Mask3 mask{output_mask[0], output_mask[1], output_mask[2]};
+    auto [dx, dweight, dbias] = all_three(record<ChannelNormBackward>(grad_output, input, mean, var, weight, num_groups,
+                                                                      over_batch, eps, input_stats, mask),
+                                          mask);
+    return {dx, dweight, dbias, output_mask[3] ? grad_output.clone() : at::Tensor()};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return ops::channel_norm_backward(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats,
-                                    output_mask);
+                                    output_mask, extras);
 }
 
 // (output, mean, var)
 Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
                       const OptionalTensor& weight, const OptionalTensor& bias, c10::SymInt num_groups, bool over_batch,
-                      double eps) {
-  if (composition_needed(input, weight, bias)) {
-    return compose(channel_layer(input, num_groups, over_batch, eps, given_mean, given_var), input, weight, bias);
+                      double eps, const Extras& extras) {
+  if (composition_needed(input, weight, bias, extras.residual)) {
+    return compose(channel_layer(input, num_groups, over_batch, eps, given_mean, given_var), input, weight, bias,
+                   extras);
   }
-  if (gradient_needed(input, weight, bias)) {
-    const variable_list results =
-        record<ChannelNorm>(input, weight, bias, given_mean, given_var, num_groups, over_batch, eps);
+  if (gradient_needed(input, weight, bias, extras.residual)) {
+    const variable_list results = record<ChannelNorm>(input, weight, bias, extras.residual, given_mean, given_var,
+                                                      num_groups, over_batch, eps, extras);
     return {results[0], results[1], results[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  return ops::channel_norm(input, given_mean, given_var, weight, bias, std::move(num_groups), over_batch, eps);
+  return ops::channel_norm(input, given_mean, given_var, weight, bias, std::move(num_groups), over_batch, eps, extras);
+}
+
+Tensors3 private_channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
+                              const OptionalTensor& given_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                              c10::SymInt num_groups, bool over_batch, double eps, const OptionalTensor& residual,
+                              OptionalName activation, double negative_slope) {
+  return channel_norm(input, given_mean, given_var, weight, bias, std::move(num_groups), over_batch, eps,
+                      {as_activation(activation, negative_slope), residual});
 }
 
 // Batch- and InstanceNorm with statistics of the input, which also move the running statistics.
 at::Tensor norm_and_track(const at::Tensor& input, const OptionalTensor& running_mean,
                           const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
-                          bool over_batch, double momentum, double eps) {
+                          bool over_batch, double momentum, double eps, const Extras& extras) {
   const c10::SymInt channels = input.sym_size(1);
   const auto [output, mean, var] =
-      channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, over_batch, eps);
+      channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, over_batch, eps, extras);
   if (defined(running_mean) && input.sym_numel() != 0) {
     const c10::SymInt count = input.sym_numel() / (over_batch ? channels : channels * input.sym_size(0));
     ops::update_running_stats(*running_mean, *running_var, mean, var, momentum, count);
@@ -149,8 +173,9 @@ at::Tensor batch_norm_of_nothing(const at::Tensor& input, const OptionalTensor& 
 
 at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
-                      double eps) {
+                      double eps, OptionalName activation, double negative_slope, const OptionalTensor& residual) {
   check_input("batch_norm", input);
+  const Extras extras = check_extras("batch_norm", input, activation, negative_slope, residual);
   if (input.dim() == 1 && input.sym_numel() == 0) return batch_norm_of_nothing(input, weight, bias);
   // Torch looks for the size of a dimension that is not there, unless it misses running statistics first.
   TORCH_CHECK_INDEX(input.dim() >= 2 || !training || defined(running_mean), too_few_dimensions("batch_norm", input));
@@ -165,20 +190,22 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mea
     TORCH_CHECK_VALUE(eps >= 0, "batch_norm: expected eps >= 0, got ", eps);
     check_running_stats("batch_norm", running_mean, running_var, input);
     return std::get<0>(channel_norm(input, running_mean, running_var, weight, bias, input.sym_size(1),
-                                    /*over_batch=*/true, eps));
+                                    /*over_batch=*/true, eps, extras));
   }
   TORCH_CHECK_VALUE(eps > 0, "batch_norm: expected eps > 0 in training, got ", eps);
   check_running_stats("batch_norm", running_mean, running_var, input);
   TORCH_CHECK_VALUE(input.sym_numel() != input.sym_size(1) || input.sym_size(1) == 0,
                     "batch_norm: expected more than 1 value per channel when training, got input of shape ",
                     input.sym_sizes());
-  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/true, momentum, eps);
+  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/true, momentum, eps, extras);
 }
 
 at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                          const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats,
-                         double momentum, double eps) {
+                         double momentum, double eps, OptionalName activation, double negative_slope,
+                         const OptionalTensor& residual) {
   check_input("instance_norm", input);
+  const Extras extras = check_extras("instance_norm", input, activation, negative_slope, residual);
   TORCH_CHECK_VALUE(input.dim() >= 2 || !use_input_stats, too_few_dimensions("instance_norm", input));
   TORCH_CHECK_INDEX(input.dim() >= 2, too_few_dimensions("instance_norm", input));
   check_channels("instance_norm", input,
@@ -190,19 +217,21 @@ at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_
     TORCH_CHECK(defined(running_mean) && defined(running_var),
                 "instance_norm: expected running_mean and running_var with use_input_stats=False, got None");
     return std::get<0>(channel_norm(input, running_mean, running_var, weight, bias, input.sym_size(1),
-                                    /*over_batch=*/true, eps));
+                                    /*over_batch=*/true, eps, extras));
   }
   c10::SymInt positions = 1;
   for (const c10::SymInt& size : input.sym_sizes().slice(2)) positions *= size;
   TORCH_CHECK_VALUE(positions != 1,
                     "instance_norm: expected more than 1 spatial element when training, got input of shape ",
                     input.sym_sizes());
-  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/false, momentum, eps);
+  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/false, momentum, eps, extras);
 }
 
 at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps) {
+                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                      const OptionalTensor& residual) {
   check_input("group_norm", input);
+  const Extras extras = check_extras("group_norm", input, activation, negative_slope, residual);
   TORCH_CHECK(input.dim() >= 2, too_few_dimensions("group_norm", input));
   TORCH_CHECK(num_groups > 0, "group_norm: expected num_groups > 0, got ", num_groups);
   const c10::SymInt channels = input.sym_size(1);
@@ -214,7 +243,7 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
                     "group_norm: expected more than 1 value per group, got input of shape ", input.sym_sizes(), " in ",
                     num_groups, " groups");
   return std::get<0>(
-      channel_norm(input, std::nullopt, std::nullopt, weight, bias, num_groups, /*over_batch=*/false, eps));
+      channel_norm(input, std::nullopt, std::nullopt, weight, bias, num_groups, /*over_batch=*/false, eps, extras));
 }
 
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
@@ -251,13 +280,13 @@ TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("batch_norm", batch_norm);
   m.impl("instance_norm", instance_norm);
   m.impl("group_norm", group_norm);
-  m.impl("_channel_norm", channel_norm);
+  m.impl("_channel_norm", private_channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", compose_running_stats);
 }
 
 TORCH_LIBRARY_IMPL(normops, Autograd, m) {
-  m.impl("_channel_norm", channel_norm);
+  m.impl("_channel_norm", private_channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
   // The stages alone have no derivative: asking for one is an error, not a wrong number.

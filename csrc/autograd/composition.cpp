@@ -6,6 +6,8 @@
 
 #include <vector>
 
+#include "../composed.h"
+
 namespace at::functorch {
 // Declared by torch in a header that an extension cannot include.
 struct DynamicLayer;
@@ -64,8 +66,9 @@ class Normalized {
     return (frame.parameter_dims.empty() ? t : t.sum(frame.parameter_dims)).reshape_symint(frame.parameter_shape);
   }
 
-  at::Tensor times_weight(const at::Tensor& t, const OptionalTensor& weight) const {
-    return defined(weight) ? t * parameter(weight) : t;
+  at::Tensor times_weight(const at::Tensor& t, const OptionalTensor& weight, double offset = 0) const {
+    if (!defined(weight)) return t;
+    return offset == 0 ? t * parameter(weight) : t * (parameter(weight) + offset);
   }
 
   at::Tensor mean(const at::Tensor& t) const { return t.mean(layer_.frame.dims, /*keepdim=*/true); }
@@ -138,24 +141,47 @@ Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool
   return frame;
 }
 
-Tensors3 compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight,
-                 const OptionalTensor& bias) {
-  const Normalized x(layer, input);
-  at::Tensor y = x.times_weight(x.xhat, weight);
-  if (defined(bias)) y = y + x.parameter(bias);
-  const auto [mean, second] = x.statistics();
-  return {x.like_input(y), mean, second};
+namespace {
+
+// What the activation, if there is one, is applied to.
+at::Tensor pre_activation(const Normalized& x, const OptionalTensor& weight, double weight_offset,
+                          const OptionalTensor& bias, const OptionalTensor& residual) {
+  at::Tensor z = x.times_weight(x.xhat, weight, weight_offset);
+  if (defined(bias)) z = z + x.parameter(bias);
+  if (defined(residual)) z = z + x.view(*residual);
+  return z;
 }
 
-Tensors3 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,
-                          const OptionalTensor& weight, Mask3 mask) {
+}  // namespace
+
+Tensors3 compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const Extras& extras) {
   const Normalized x(layer, input);
-  const at::Tensor dy = x.view(grad_output);
-  at::Tensor dx, dweight, dbias;
-  if (mask[0]) dx = x.like_input(x.rstd * x.project(x.times_weight(dy, weight)));
-  if (mask[1]) dweight = x.like_parameter(dy * x.xhat);
-  if (mask[2]) dbias = x.like_parameter(dy);
-  return {dx, dweight, dbias};
+  const at::Tensor z = pre_activation(x, weight, extras.weight_offset, bias, extras.residual);
+  const auto [mean, second] = x.statistics();
+  return {x.like_input(activated(extras.activation, z)), mean, second};
+}
+
+Tensors4 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,
+                          const OptionalTensor& weight, Mask4 mask, const BackwardExtras& extras) {
+  const Normalized x(layer, input);
+  at::Tensor dz = x.view(grad_output);
+  if (extras.activation) {
+    const at::Tensor z = defined(extras.output)
+                             ? x.view(*extras.output)
+                             : pre_activation(x, weight, extras.weight_offset, extras.bias, extras.residual);
+    dz = dz * activation_derivative(extras.activation, z);
+  }
+  at::Tensor dx, dweight, dbias, dresidual;
+  if (mask[0]) {
+    dx = x.rstd * x.project(x.times_weight(dz, weight, extras.weight_offset));
+    if (defined(extras.grad_sum)) dx = dx + x.view(*extras.grad_sum);
+    dx = x.like_input(dx);
+  }
+  if (mask[1]) dweight = x.like_parameter(dz * x.xhat);
+  if (mask[2]) dbias = x.like_parameter(dz);
+  if (mask[3]) dresidual = x.like_input(dz);
+  return {dx, dweight, dbias, dresidual};
 }
 
 Tensors3 compose_double_backward(const Layer& layer, const Tensors3& grads, const at::Tensor& grad_output,

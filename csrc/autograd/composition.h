@@ -6,7 +6,7 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include "../tensors.h"
+#include "../extras.h"
 
 namespace normops {
 
@@ -33,14 +33,15 @@ struct Layer {
 };
 
 // What the engine's forward returns: the output, and the statistics in float64, which have no derivative.
-Tensors3 compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias);
+Tensors3 compose(const Layer& layer, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const Extras& extras = {});
 
-// (dx, dweight, dbias)
-Tensors3 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,
-                          const OptionalTensor& weight, Mask3 mask);
+// (dx, dweight, dbias, gradient of the residual)
+Tensors4 compose_backward(const Layer& layer, const at::Tensor& grad_output, const at::Tensor& input,
+                          const OptionalTensor& weight, Mask4 mask, const BackwardExtras& extras = {});
 
-// The backward of compose_backward: gradients of (grad_output, input, weight) from those of (dx, dweight, dbias), of
-// which any may be undefined.
+// The backward of compose_backward without extras: gradients of (grad_output, input, weight) from those of (dx,
+// dweight, dbias), of which any may be undefined.
 Tensors3 compose_double_backward(const Layer& layer, const Tensors3& grads, const at::Tensor& grad_output,
                                  const at::Tensor& input, const OptionalTensor& weight);
 

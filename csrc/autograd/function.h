@@ -3,7 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "../tensors.h"
+#include "../extras.h"
 
 namespace normops {
 
@@ -48,11 +48,49 @@ variable_list record(const Args&... args) {
   return outputs;
 }
 
-// Which of (input, weight, bias) need a gradient. Absent parameters have no edge in the graph, so edges are counted.
-inline Mask3 gradients_wanted(AutogradContext* ctx, bool has_weight, bool has_bias) {
-  const size_t bias_edge = has_weight ? 2 : 1;
-  return {ctx->needs_input_grad(0), has_weight && ctx->needs_input_grad(1),
-          has_bias && ctx->needs_input_grad(bias_edge)};
+// Which of (input, weight, bias, residual) need a gradient. Absent ones have no edge in the graph, so edges are
+// counted.
+inline Mask4 gradients_wanted(AutogradContext* ctx, bool has_weight, bool has_bias, bool has_residual,
+                              size_t inputs = 1) {
+  size_t edge = inputs;
+  const auto wanted = [&](bool present) { return present && ctx->needs_input_grad(edge++); };
+  const bool weight = wanted(has_weight), bias = wanted(has_bias), residual = wanted(has_residual);
+  return {ctx->needs_input_grad(0) || (inputs > 1 && ctx->needs_input_grad(1)), weight, bias, residual};
+}
+
+// The extras of a layer that has some, in entries that others do without.
+inline void save_extras(AutogradContext* ctx, const Extras& extras) {
+  if (!extras.activation && extras.weight_offset == 0) return;
+  ctx->saved_data["activation"] = int64_t(extras.activation.kind);
+  ctx->saved_data["negative_slope"] = extras.activation.negative_slope;
+  ctx->saved_data["weight_offset"] = extras.weight_offset;
+}
+
+inline BackwardExtras saved_extras(AutogradContext* ctx) {
+  const auto& data = ctx->saved_data;
+  if (data.find("activation") == data.end()) return {};
+  BackwardExtras extras;
+  extras.activation = {int(data.at("activation").toInt()), data.at("negative_slope").toDouble()};
+  extras.weight_offset = data.at("weight_offset").toDouble();
+  return extras;
+}
+
+// The tensors that the derivative of an activation is taken from, behind those that are saved in any case: bias,
+// residual, output. Nothing is kept that would not be there without this layer, as long as it can be had from that.
+inline void save_for_activation(variable_list& saved, const Extras& extras, const OptionalTensor& bias,
+                                const at::Tensor& output) {
+  if (!extras.activation) return;
+  const bool from_output = defined(extras.residual) && derivative_from_output(extras.activation);
+  saved.push_back(from_output ? at::Tensor() : bias.value_or(at::Tensor()));
+  saved.push_back(from_output ? at::Tensor() : extras.residual.value_or(at::Tensor()));
+  saved.push_back(from_output ? output : at::Tensor());
+}
+
+inline void restore_for_activation(BackwardExtras& extras, const variable_list& saved, size_t first) {
+  if (!extras.activation) return;
+  extras.bias = saved[first];
+  extras.residual = saved[first + 1];
+  extras.output = saved[first + 2];
 }
 
 // A Function may not return undefined tensors: the results that were asked for, and back to three with the others

@@ -15,45 +15,80 @@ struct Settings {
   int64_t normalized_ndim;
   double eps;
   bool centered;
-  bool has_bias;
+  bool has_bias = false;
+  bool has_residual = false;
 
   void save(AutogradContext* ctx) const {
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["layer"] = normalized_ndim << 2 | int64_t(centered) << 1 | int64_t(has_bias);
+    ctx->saved_data["layer"] =
+        normalized_ndim << 3 | int64_t(has_residual) << 2 | int64_t(centered) << 1 | int64_t(has_bias);
   }
 
-  explicit Settings(AutogradContext* ctx) : eps(ctx->saved_data["eps"].toDouble()) {
+  static Settings saved(AutogradContext* ctx) {
     const int64_t layer = ctx->saved_data["layer"].toInt();
-    normalized_ndim = layer >> 2;
-    centered = (layer & 2) != 0;
-    has_bias = (layer & 1) != 0;
+    return {layer >> 3, ctx->saved_data["eps"].toDouble(), (layer & 2) != 0, (layer & 1) != 0, (layer & 4) != 0};
   }
-  Settings(int64_t normalized_ndim, double eps, bool centered, bool has_bias)
-      : normalized_ndim(normalized_ndim), eps(eps), centered(centered), has_bias(has_bias) {}
 };
 
 struct RowNorm : torch::autograd::Function<RowNorm> {
   static constexpr size_t kDifferentiable = 1;  // not the statistics
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, int64_t normalized_ndim,
-                               const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
-                               bool with_statistics) {
+                               const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                               double eps, bool centered, const Extras& extras, bool with_statistics) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, mean, rstd] = ops::row_norm(input, normalized_ndim, weight, bias, eps, centered);
-    ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, rstd});
-    Settings(normalized_ndim, eps, centered, defined(bias)).save(ctx);
+    auto [output, mean, rstd] = ops::row_norm(input, normalized_ndim, weight, bias, eps, centered, extras);
+    variable_list saved{input, weight.value_or(at::Tensor()), mean, rstd};
+    save_for_activation(saved, extras, bias, output);
+    ctx->save_for_backward(std::move(saved));
+    Settings{normalized_ndim, eps, centered, defined(bias), defined(residual)}.save(ctx);
+    save_extras(ctx, extras);
     if (!with_statistics) return {output};
     return {output, mean, rstd};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    if (!grads[0].defined()) return variable_list(7);
-    const Settings layer(ctx);
-    auto [dx, dweight, dbias] =
+    if (!grads[0].defined()) return variable_list(9);
+    const Settings layer = Settings::saved(ctx);
+    BackwardExtras extras = saved_extras(ctx);
+    restore_for_activation(extras, saved, 4);
+    Mask4 wanted = gradients_wanted(ctx, saved[1].defined(), layer.has_bias, layer.has_residual);
+    const bool same = wanted[3] && !extras.activation;  // a sum hands its gradient on as it is
+    wanted[3] = wanted[3] && !same;
+    auto [dx, dweight, dbias, dresidual] =
         ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3], saved[1], layer.eps,
-                               layer.centered, gradients_wanted(ctx, saved[1].defined(), layer.has_bias));
-    return {dx, {}, dweight, dbias, {}, {}, {}};
+                               layer.centered, wanted, extras);
+    return {dx, {}, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}};
+  }
+};
+
+// (output, sum, mean, rstd) of the sum of two inputs.
+struct AddRowNorm : torch::autograd::Function<AddRowNorm> {
+  static constexpr size_t kDifferentiable = 2;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& residual,
+                               int64_t normalized_ndim, const OptionalTensor& weight, const OptionalTensor& bias,
+                               double eps, bool centered, double weight_offset) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, sum, mean, rstd] =
+        ops::add_row_norm(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offset);
+    ctx->save_for_backward({sum, weight.value_or(at::Tensor()), mean, rstd});
+    Settings{normalized_ndim, eps, centered, defined(bias)}.save(ctx);
+    save_extras(ctx, {{}, {}, weight_offset});
+    return {output, sum, mean, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    if (!grads[0].defined()) return {grads[1], grads[1], {}, {}, {}, {}, {}, {}};
+    const Settings layer = Settings::saved(ctx);
+    BackwardExtras extras = saved_extras(ctx);
+    extras.grad_sum = grads[1];
+    auto [dx, dweight, dbias, none] = ops::row_norm_backward(
+        grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3], saved[1], layer.eps, layer.centered,
+        gradients_wanted(ctx, saved[1].defined(), layer.has_bias, false, 2), extras);
+    return {dx, dx, {}, dweight, dbias, {}, {}, {}};
   }
 };
 
@@ -67,7 +102,7 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
     const Tensors3 grads =
         ops::row_norm_backward(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask);
     ctx->save_for_backward({grad_output, input, weight.value_or(at::Tensor())});
-    Settings(normalized_ndim, eps, centered, /*has_bias=*/false).save(ctx);
+    Settings{normalized_ndim, eps, centered}.save(ctx);
     save_mask(ctx, output_mask);
     return only_wanted(grads, output_mask);
   }
@@ -75,7 +110,7 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& input = saved[1];
-    const Settings settings(ctx);
+    const Settings settings = Settings::saved(ctx);
     const Layer layer{row_frame(input, settings.normalized_ndim), settings.eps, settings.centered};
     auto [to_dy, to_x, to_weight] =
         compose_double_backward(layer, all_three(grads, saved_mask(ctx)), saved[0], input, saved[2]);
@@ -83,60 +118,115 @@ struct RowNormBackward : torch::autograd::Function<RowNormBackward> {
   }
 };
 
-Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
+Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
-                           bool centered, Mask3 output_mask) {
-  if (composition_needed(grad_output, input, weight)) {
-    return compose_backward({row_frame(input, normalized_ndim), eps, centered}, grad_output, input, weight,
-                            output_mask);
+                           bool centered, Mask4 output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
+                           const OptionalTensor& output, OptionalName activation, double negative_slope,
+                           double weight_offset, const OptionalTensor& grad_sum) {
+  const BackwardExtras extras{
+      as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum};
+  // The composition has derivatives of its own.
+  if (composition_needed(grad_output, input, weight, bias, residual, output, grad_sum) ||
+      (extras.any() && gradient_needed(grad_output, input, weight, bias, residual, output, grad_sum))) {
+    return compose_backward({row_frame(input, normalized_ndim), eps, centered}, grad_output, input, weight, output_mask,
+                            extras);
   }
   if (gradient_needed(grad_output, input, weight)) {
-    return all_three(
-        record<RowNormBackward>(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask),
-        output_mask);
+    const Mask3 mask{output_mask[0], output_mask[1], output_mask[2]};
+    auto [dx, dweight, dbias] = all_three(
+        record<RowNormBackward>(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, mask), mask);
+    return {dx, dweight, dbias, output_mask[3] ? grad_output.clone() : at::Tensor()};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  return ops::row_norm_backward(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask);
+  return ops::row_norm_backward(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask,
+                                extras);
 }
 
 // The statistics are left out of the graph, and out of the result, where they are not asked for.
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
-                  const OptionalTensor& bias, double eps, bool centered, bool with_statistics) {
-  if (composition_needed(input, weight, bias)) {
-    return compose({row_frame(input, normalized_ndim), eps, centered}, input, weight, bias);
+                  const OptionalTensor& bias, double eps, bool centered, const Extras& extras, bool with_statistics) {
+  if (composition_needed(input, weight, bias, extras.residual)) {
+    return compose({row_frame(input, normalized_ndim), eps, centered}, input, weight, bias, extras);
   }
-  if (gradient_needed(input, weight, bias)) {
-    const variable_list results = record<RowNorm>(input, normalized_ndim, weight, bias, eps, centered, with_statistics);
+  if (gradient_needed(input, weight, bias, extras.residual)) {
+    const variable_list results =
+        record<RowNorm>(input, normalized_ndim, weight, bias, extras.residual, eps, centered, extras, with_statistics);
     if (!with_statistics) return {results[0], {}, {}};
     return {results[0], results[1], results[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  return ops::row_norm(input, normalized_ndim, weight, bias, eps, centered);
+  return ops::row_norm(input, normalized_ndim, weight, bias, eps, centered, extras);
 }
 
 Tensors3 row_norm_and_statistics(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
-                                 const OptionalTensor& bias, double eps, bool centered) {
-  return row_norm(input, normalized_ndim, weight, bias, eps, centered, /*with_statistics=*/true);
+                                 const OptionalTensor& bias, double eps, bool centered, const OptionalTensor& residual,
+                                 OptionalName activation, double negative_slope, double weight_offset) {
+  return row_norm(input, normalized_ndim, weight, bias, eps, centered,
+                  {as_activation(activation, negative_slope), residual, weight_offset}, /*with_statistics=*/true);
+}
+
+Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64_t normalized_ndim,
+                      const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
+                      double weight_offset) {
+  if (composition_needed(input, residual, weight, bias)) {
+    const at::Tensor sum = input + residual;
+    auto [output, mean, rstd] =
+        compose({row_frame(sum, normalized_ndim), eps, centered}, sum, weight, bias, {{}, {}, weight_offset});
+    return {output, sum, mean, rstd};
+  }
+  if (gradient_needed(input, residual, weight, bias)) {
+    const variable_list results =
+        record<AddRowNorm>(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offset);
+    return {results[0], results[1], results[2], results[3]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return ops::add_row_norm(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offset);
+}
+
+void check_rows(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+                const OptionalTensor& weight, const OptionalTensor& bias) {
+  check_input(op, input);
+  check_normalized_shape(op, input, normalized_shape);
+  check_parameter(op, "weight", weight, input, normalized_shape, "normalized_shape");
+  check_parameter(op, "bias", bias, input, normalized_shape, "normalized_shape");
 }
 
 at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps) {
-  check_input("layer_norm", input);
-  check_normalized_shape("layer_norm", input, normalized_shape);
-  check_parameter("layer_norm", "weight", weight, input, normalized_shape, "normalized_shape");
-  check_parameter("layer_norm", "bias", bias, input, normalized_shape, "normalized_shape");
-  return std::get<0>(row_norm(input, normalized_shape.size(), weight, bias, eps, /*centered=*/true,
+                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                      const OptionalTensor& residual, double weight_offset) {
+  check_rows("layer_norm", input, normalized_shape, weight, bias);
+  const Extras extras = check_extras("layer_norm", input, activation, negative_slope, residual, weight_offset);
+  return std::get<0>(row_norm(input, normalized_shape.size(), weight, bias, eps, /*centered=*/true, extras,
                               /*with_statistics=*/false));
 }
 
 at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                    std::optional<double> eps) {
-  check_input("rms_norm", input);
-  check_normalized_shape("rms_norm", input, normalized_shape);
-  check_parameter("rms_norm", "weight", weight, input, normalized_shape, "normalized_shape");
+                    std::optional<double> eps, OptionalName activation, double negative_slope,
+                    const OptionalTensor& residual, double weight_offset) {
+  check_rows("rms_norm", input, normalized_shape, weight, std::nullopt);
+  const Extras extras = check_extras("rms_norm", input, activation, negative_slope, residual, weight_offset);
   return std::get<0>(row_norm(input, normalized_shape.size(), weight, std::nullopt,
-                              eps.value_or(default_rms_eps(input)),
-                              /*centered=*/false, /*with_statistics=*/false));
+                              eps.value_or(default_rms_eps(input)), /*centered=*/false, extras,
+                              /*with_statistics=*/false));
+}
+
+Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
+                        const OptionalTensor& weight, const OptionalTensor& bias, double eps, double weight_offset) {
+  check_rows("add_layer_norm", input, normalized_shape, weight, bias);
+  check_residual("add_layer_norm", residual, input);
+  auto [output, sum, mean, rstd] = add_row_norm(input, residual, normalized_shape.size(), weight, bias, eps,
+                                                /*centered=*/true, weight_offset);
+  return {output, sum};
+}
+
+Tensors2 add_rms_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
+                      const OptionalTensor& weight, std::optional<double> eps, double weight_offset) {
+  check_rows("add_rms_norm", input, normalized_shape, weight, std::nullopt);
+  check_residual("add_rms_norm", residual, input);
+  auto [output, sum, mean, rstd] =
+      add_row_norm(input, residual, normalized_shape.size(), weight, std::nullopt, eps.value_or(default_rms_eps(input)),
+                   /*centered=*/false, weight_offset);
+  return {output, sum};
 }
 
 }  // namespace
@@ -144,18 +234,24 @@ at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shap
 TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
   m.impl("layer_norm", layer_norm);
   m.impl("rms_norm", rms_norm);
+  m.impl("add_layer_norm", add_layer_norm);
+  m.impl("add_rms_norm", add_rms_norm);
 }
 
 TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("layer_norm", layer_norm);
   m.impl("rms_norm", rms_norm);
+  m.impl("add_layer_norm", add_layer_norm);
+  m.impl("add_rms_norm", add_rms_norm);
   m.impl("_row_norm", row_norm_and_statistics);
   m.impl("_row_norm_backward", row_norm_backward);
+  m.impl("_add_row_norm", add_row_norm);
 }
 
 TORCH_LIBRARY_IMPL(normops, Autograd, m) {
   m.impl("_row_norm", row_norm_and_statistics);
   m.impl("_row_norm_backward", row_norm_backward);
+  m.impl("_add_row_norm", add_row_norm);
 }
 
 }  // namespace normops

@@ -10,10 +10,11 @@
 #include <memory>
 #include <tuple>
 
+#include "../extras.h"
 #include "../statistics.h"
-#include "../tensors.h"
 #include "cache.h"
 #include "channel.h"
+#include "channel_epilogue.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -147,7 +148,7 @@ void merge_segments(const Geometry& g, const Region& r, int64_t first, int64_t l
 
 template <typename T>
 void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,
-                     double eps, bool given, double* stat_mean, double* stat_var) {
+                     double eps, bool given, double* stat_mean, double* stat_var, const Epilogue<T>& epilogue) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
@@ -208,8 +209,15 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
     if (y.data == nullptr) return;
     for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
-      kernel.apply(tile, x.lines(g, k, r.first_channel), y.lines(g, k, r.first_channel),
-                   {center + at, scale + at, shift + at});
+      const Lines<const T> from = x.lines(g, k, r.first_channel);
+      const Lines<T> to = y.lines(g, k, r.first_channel);
+      const ForwardCoefficients<A> coefficients{center + at, scale + at, shift + at};
+      if (epilogue) {
+        apply_epilogue(tile, from, to, coefficients, epilogue.activation,
+                       epilogue.residual.lines(g, k, r.first_channel));
+      } else {
+        kernel.apply(tile, from, to, coefficients);
+      }
     });
   };
   run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
@@ -218,7 +226,7 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
 template <typename T>
 void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<T> weight,
                       const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
-                      double* dweight, double* dbias) {
+                      double* dweight, double* dbias, const Epilogue<T>& epilogue) {
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
@@ -228,6 +236,22 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   for (int64_t group = 0; group < g.rows() * g.num_groups; ++group) {
     std::fill_n(center + group * g.group_size(), g.group_size(), A(stat_mean[group]));
   }
+  // The coefficients of the forward, to make anew what the activation was applied to.
+  const int64_t remade = epilogue && !epilogue.output.data ? g.rows() * C : 0;
+  const Scratch<A> z_scale(remade), z_shift(remade);
+  for (int64_t i = 0; i < remade; ++i) {
+    const int64_t group = i / C * g.num_groups + i % C / g.group_size();
+    const double factor = 1 / std::sqrt(stat_var[group] + eps) * weight[i % C];
+    z_scale[i] = A(factor);
+    z_shift[i] = A(epilogue.bias[i % C] - SplitMean<A>(stat_mean[group]).low * factor);
+  }
+  const auto before_epilogue = [&](const Region& r, int64_t k, const Tile& tile) {
+    const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
+    return EpilogueGradient<T>(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
+                               {center + at, z_scale + at, z_shift + at}, epilogue.activation,
+                               epilogue.residual.lines(g, k, r.first_channel),
+                               epilogue.output.lines(g, k, r.first_channel));
+  };
 
   const auto reduce = [&](const Region& r) {
     if (!sums_needed) return;
@@ -237,6 +261,10 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
         x.prefetch(g, k + 1, r.first_channel);
       }
       const int64_t at = k * C + r.first_channel;
+      if (epilogue) {
+        before_epilogue(r, k, tile).sums(sum_dy + at, sum_dy_x + at);
+        return;
+      }
       kernel.grad_sums(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
                        center + (g.row_of(g.sample_of(k)) * C + r.first_channel), sum_dy + at, sum_dy_x + at);
     });
@@ -280,12 +308,16 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
     });
   };
   const auto apply = [&](const Region& r) {
-    if (dx.data == nullptr) return;
+    if (dx.data == nullptr && epilogue.grad_residual.data == nullptr) return;
     for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
       const Lines<const T> from = dy.lines(g, k, r.first_channel);
       const Lines<T> to = dx.lines(g, k, r.first_channel);
-      if (given) {
+      if (epilogue) {
+        before_epilogue(r, k, tile)
+            .apply(to, epilogue.grad_residual.lines(g, k, r.first_channel),
+                   {center + at, scale + at, slope + at, shift + at}, given);
+      } else if (given) {
         kernel.scale(tile, from, to, scale + at);
       } else {
         kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
@@ -311,9 +343,10 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
 
 #define NORMOPS_INSTANTIATE(T)                                                                                        \
   template void channel_forward<T>(const Geometry&, Operand<const T>, Operand<T>, Parameter<T>, Parameter<T>, double, \
-                                   bool, double*, double*);                                                           \
+                                   bool, double*, double*, const Epilogue<T>&);                                       \
   template void channel_backward<T>(const Geometry&, Operand<const T>, Operand<const T>, Operand<T>, Parameter<T>,    \
-                                    const double*, const double*, double, bool, const GradTotals&, double*, double*);
+                                    const double*, const double*, double, bool, const GradTotals&, double*, double*,  \
+                                    const Epilogue<T>&);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)
 NORMOPS_INSTANTIATE(c10::Half)
@@ -332,15 +365,52 @@ at::Tensor in_double(at::IntArrayRef shape, const OptionalTensor& given, const a
   return statistic;
 }
 
+// Tensors of the input's shape and type, to be seen through one geometry: undefined ones are left out.
+class Operands {
+ public:
+  explicit Operands(std::initializer_list<at::Tensor*> tensors) {
+    for (at::Tensor* tensor : tensors) {
+      if (tensor->defined()) tensors_.push_back(tensor);
+    }
+  }
+
+  ChannelView view(int64_t num_groups, bool over_batch, bool wide) {
+    ChannelView view = (wide ? wide_channel_view : channel_view)(tensors_, num_groups, over_batch);
+    strides_ = view.strides;
+    return view;
+  }
+
+  // After `view`.
+  template <typename T>
+  Operand<const T> input(const at::Tensor& tensor) const {
+    if (!tensor.defined()) return {};
+    return {tensor.const_data_ptr<T>(), strides_of(tensor)};
+  }
+  template <typename T>
+  Operand<T> output(const at::Tensor& tensor) const {
+    if (!tensor.defined()) return {};
+    return {tensor.mutable_data_ptr<T>(), strides_of(tensor)};
+  }
+
+ private:
+  Strides strides_of(const at::Tensor& tensor) const {
+    size_t i = 0;
+    while (tensors_[i] != &tensor) ++i;
+    return strides_[i];
+  }
+
+  std::vector<at::Tensor*> tensors_;
+  std::vector<Strides> strides_;
+};
+
 Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
                       const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, bool over_batch,
-                      double eps) {
-  at::Tensor x = input;
+                      double eps, const OptionalTensor& residual, OptionalName activation, double negative_slope) {
+  at::Tensor x = input, added = residual.value_or(at::Tensor());
   at::Tensor output = new_like(input);
   const bool given = defined(given_mean);
-  const auto view = given ? channel_view({&x, &output}, num_groups, over_batch)
-                          : wide_channel_view({&x, &output}, num_groups, over_batch);
-  const Geometry& g = view.geometry;
+  Operands operands{&x, &output, &added};
+  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!given).geometry;
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
   TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");
   const at::Tensor mean = given ? in_double(shape, given_mean, input, "mean") : new_array(shape);
@@ -352,12 +422,13 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
     }
     return {output, mean, var};
   }
+  const Activation kind = as_activation(activation, negative_slope);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
     const at::Tensor w = as_own_parameter(weight, input, g.channels, "weight");
     const at::Tensor b = as_own_parameter(bias, input, g.channels, "bias");
-    channel_forward<scalar_t>(g, {x.const_data_ptr<scalar_t>(), view.strides[0]},
-                              {output.mutable_data_ptr<scalar_t>(), view.strides[1]}, {w, 1}, {b, 0}, eps, given,
-                              mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
+    channel_forward<scalar_t>(g, operands.input<scalar_t>(x), operands.output<scalar_t>(output), {w, 1}, {b, 0}, eps,
+                              given, mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>(),
+                              {kind, operands.input<scalar_t>(added)});
   });
   return {output, mean, var};
 }
@@ -373,18 +444,21 @@ at::Tensor rounded(const double* sums, int64_t length, at::ScalarType type) {
   return result;
 }
 
-Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups, bool over_batch,
-                               double eps, bool input_stats, Mask3 output_mask) {
-  at::Tensor x = input, dy = grad_output;
-  at::Tensor dx;
-  std::vector<at::Tensor*> operands{&x, &dy};
-  if (output_mask[0]) {
-    dx = new_like(input);
-    operands.push_back(&dx);
+                               double eps, bool input_stats, Mask4 output_mask, const OptionalTensor& bias,
+                               const OptionalTensor& residual, const OptionalTensor& output, OptionalName activation,
+                               double negative_slope) {
+  const Activation kind = as_activation(activation, negative_slope);
+  at::Tensor x = input, dy = grad_output, dx, dresidual, added, y;
+  if (output_mask[0]) dx = new_like(input);
+  if (output_mask[3]) dresidual = new_like(input);
+  if (kind) {
+    added = residual.value_or(at::Tensor());
+    y = output.value_or(at::Tensor());
   }
-  const auto view = wide_channel_view(operands, num_groups, over_batch);
-  const Geometry& g = view.geometry;
+  Operands operands{&x, &dy, &dx, &added, &y, &dresidual};
+  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/true).geometry;
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
@@ -393,16 +467,26 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   double* const dweight = output_mask[1] ? sums + 0 : nullptr;
   double* const dbias = output_mask[2] ? sums + g.channels : nullptr;
   if (g.elements() > 0) {
+    if (dresidual.defined() && !kind) dresidual.copy_(grad_output);
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
           const at::Tensor w = as_own_parameter(weight, input, g.channels, "weight");
-          channel_backward<scalar_t>(
-              g, {dy.const_data_ptr<scalar_t>(), view.strides[1]}, {x.const_data_ptr<scalar_t>(), view.strides[0]},
-              {output_mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, view.strides.back()}, {w, 1},
-              means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, !input_stats, {}, dweight, dbias);
+          const at::Tensor b = kind ? as_own_parameter(bias, input, g.channels, "bias") : at::Tensor();
+          Epilogue<scalar_t> epilogue{kind};
+          if (kind) {
+            epilogue = {kind,
+                        operands.input<scalar_t>(added),
+                        operands.input<scalar_t>(y),
+                        {b, 0},
+                        operands.output<scalar_t>(dresidual)};
+          }
+          channel_backward<scalar_t>(g, operands.input<scalar_t>(dy), operands.input<scalar_t>(x),
+                                     operands.output<scalar_t>(dx), {w, 1}, means.const_data_ptr<double>(),
+                                     vars.const_data_ptr<double>(), eps, !input_stats, {}, dweight, dbias, epilogue);
         });
   }
-  return {dx, rounded(dweight, g.channels, acc_type(input)), rounded(dbias, g.channels, acc_type(input))};
+  const at::ScalarType type = acc_type(input);
+  return {dx, rounded(dweight, g.channels, type), rounded(dbias, g.channels, type), dresidual};
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ struct Operand {
   Strides strides;
 
   Lines<T> lines(const Geometry& g, int64_t segment, int64_t channel) const {
+    if (data == nullptr) return {};
     return {data + g.sample_of(segment) * strides.sample + g.segment_begin(segment) * strides.position +
                 channel * strides.channel,
             g.layout == Layout::kContiguous ? strides.channel : strides.position};
@@ -64,18 +65,32 @@ struct GradTotals {
   double count = 0;
 };
 
+// What follows a layer in the same pass (channel_epilogue.h). Null data: not there, or not wanted.
+template <typename T>
+struct Epilogue {
+  Activation activation{};
+  Operand<const T> residual{};
+  // Of the backward, where there is an activation:
+  Operand<const T> output{};  // what its derivative is taken from, or else from x, bias and residual
+  Parameter<T> bias{at::Tensor(), 0};
+  Operand<T> grad_residual{};
+
+  explicit operator bool() const { return activation || residual.data; }
+};
+
 // Any of the three stages can be left out: the first where statistics are given, the last where y is null.
 template <typename T>
 void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,
-                     double eps, bool given, double* stat_mean, double* stat_var);
+                     double eps, bool given, double* stat_mean, double* stat_var, const Epilogue<T>& epilogue = {});
 
 // dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
 // statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
 // be only a part, and the whole is given as `totals`. The last is left out where dx is null.
+// After an epilogue, dy stands for the gradient before it.
 template <typename T>
 void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<T> weight,
                       const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
-                      double* dweight, double* dbias);
+                      double* dweight, double* dbias, const Epilogue<T>& epilogue = {});
 
 // New tensors without the dispatcher: it would take longer than the elements of a small input.
 inline at::Tensor new_like(const at::Tensor& input) {

@@ -16,6 +16,7 @@ namespace {
   void add_row_backward(KernelTable&);                  \
   void add_channel_forward(KernelTable&);               \
   void add_channel_backward(KernelTable&);              \
+  void add_epilogue(KernelTable&);                      \
   }                                                     \
   namespace {                                           \
   [[maybe_unused]] void add_##ISA(KernelTable& table) { \
@@ -24,6 +25,7 @@ namespace {
     ISA::add_row_backward(table);                       \
     ISA::add_channel_forward(table);                    \
     ISA::add_channel_backward(table);                   \
+    ISA::add_epilogue(table);                           \
   }
 #ifdef NORMOPS_BUILT_DEFAULT
 NORMOPS_INSTRUCTION_SET(DEFAULT)

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../activation.h"
 #include "../geometry.h"
 #include "../statistics.h"
 
@@ -99,6 +100,15 @@ struct Kernels {
   void (*grad_apply)(const Tile&, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
                      const BackwardCoefficients<Acc<T>>&);
   void (*scale)(const Tile&, Lines<const T> dy, Lines<T> dx, const Acc<T>* scale);  // with constant statistics
+
+  // The epilogue (epilogue.cpp), on lines of equal length. The first two only where T is a type of arithmetic.
+  void (*activate)(const Activation&, Lines<T> z, int64_t lines, int64_t length);       // in place
+  void (*differentiate)(const Activation&, Lines<T> z, int64_t lines, int64_t length);  // in place
+  void (*widen_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
+  void (*add_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
+  void (*multiply_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
+  void (*narrow_lines)(Lines<const Acc<T>> source, Lines<T> target, int64_t lines, int64_t length);
+  void (*sum_lines)(Lines<const T> a, Lines<const T> b, Lines<T> sum, int64_t lines, int64_t length);
 };
 
 struct KernelTable {

@@ -6,9 +6,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 
-#include "../tensors.h"
+#include "../extras.h"
+#include "channel_epilogue.h"
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
@@ -35,24 +37,37 @@ Lines<T> lines(const at::Tensor& rows) {
     return {rows.mutable_data_ptr<Element>(), rows.stride(0)};
 }
 
+// A tensor that goes with the input, as a gradient or a residual does.
+const at::Tensor& like(const at::Tensor& input, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.sizes() == input.sizes() && tensor.scalar_type() == input.scalar_type(),
+              "normops: expected a tensor like the input (", input.scalar_type(), ", ", input.sizes(), "), got ",
+              tensor.scalar_type(), ", ", tensor.sizes());
+  return tensor;
+}
+
 // A weight or bias as the kernels read it. Most in float lie that way already; one of the input's own type is widened
 // here rather than by torch, whose conversion takes longer than the rows of a small input.
 template <typename T>
 struct RowParameter {
   at::Tensor tensor;
 
-  RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t length, const char* name) {
+  RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t length, const char* name,
+               double offset = 0) {
     if (!defined(parameter)) return;
-    tensor = as_own_parameter(parameter, input, length, name);
+    tensor = std::is_same_v<T, Acc<T>> ? as_parameter(parameter, input, length, acc_type(input), name)
+                                       : as_own_parameter(parameter, input, length, name);
     const Kernels<T>& kernel = kernels().of<T>();
     const bool widen = tensor.scalar_type() != acc_type(input);
-    if (!widen && kernel.memory_order && length % kernel.pack_size == 0) return;
+    if (!widen && kernel.memory_order && length % kernel.pack_size == 0 && offset == 0) return;
     const at::Tensor packed = at::detail::empty_cpu({padded(length)}, input.options().dtype(acc_type(input)));
     Acc<T>* const target = packed.mutable_data_ptr<Acc<T>>();
     if (widen)
       kernel.widen_parameter(tensor.const_data_ptr<T>(), length, target);
     else
       kernel.pack_parameter(tensor.const_data_ptr<Acc<T>>(), length, target);
+    if (offset != 0) {
+      for (int64_t i = 0; i < packed.numel(); ++i) target[i] = Acc<T>(double(target[i]) + offset);
+    }
     tensor = packed;
   }
 
@@ -79,11 +94,71 @@ at::Tensor sum_blocks(const Acc<T>* sums, int64_t blocks, int64_t stride, at::In
   return result;
 }
 
+// How many rows are taken at a time where one loop follows another: what is between them stays in the nearest cache.
+int64_t rows_together(int64_t length) { return std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, length)); }
+
+// f(first row, number of rows) for some rows at a time.
+template <typename F>
+void for_row_pieces(int64_t begin, int64_t end, int64_t length, const F& f) {
+  const int64_t step = rows_together(length);
+  for (int64_t row = begin; row < end; row += step) f(row, std::min(step, end - row));
+}
+
+template <typename T>
+Lines<T> from_row(const Lines<T>& rows, int64_t row) {
+  return {rows[row], rows.stride};
+}
+
+// Rows of T in the type of the arithmetic: as they lie, or widened into `memory`.
+template <typename T>
+Lines<const Acc<T>> wide_rows(Lines<const T> rows, Acc<T>* memory, int64_t count, int64_t length) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return rows;
+  } else {
+    kernels().of<T>().widen_lines(rows, {memory, length}, count, length);
+    return {memory, length};
+  }
+}
+
+template <typename A>
+std::unique_ptr<A[]> row_memory(int64_t length) {
+  return std::unique_ptr<A[]>(new A[rows_together(length) * length]);
+}
+
+// y = activation(norm(x) + residual), by the plain kernels of the arithmetic's type and those of the epilogue.
+template <typename T>
+void forward_epilogue(const RowForward<Acc<T>>& layer, Lines<const T> x, Lines<T> y, Lines<const T> residual,
+                      const Activation& activation, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  constexpr bool kWide = std::is_same_v<T, A>;
+  const Kernels<T>& kernel = kernels().of<T>();
+  const Kernels<A>& wide = kernels().of<A>();
+  const int64_t length = layer.length;
+  const auto memory = kWide ? nullptr : row_memory<A>(length), wide_x = kWide ? nullptr : row_memory<A>(length);
+  for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
+    RowForward<A> part = layer;
+    part.x = wide_rows(from_row(x, row), wide_x.get(), count, length);
+    if constexpr (kWide)
+      part.y = from_row(y, row);
+    else
+      part.y = {memory.get(), length};
+    part.mean += row;
+    part.rstd += row;
+    wide.row_forward(part, 0, count);
+    if (residual.data) kernel.add_lines(from_row(residual, row), part.y, count, length);
+    if (activation) wide.activate(activation, part.y, count, length);
+    if constexpr (!kWide) kernel.narrow_lines(read_only(part.y), from_row(y, row), count, length);
+  });
+}
+
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
-                  const OptionalTensor& bias, double eps, bool centered) {
+                  const OptionalTensor& bias, double eps, bool centered, const OptionalTensor& residual,
+                  OptionalName activation, double negative_slope, double weight_offset) {
   int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
   std::tie(rows, length) = row_shape(input, normalized_ndim);
   const at::Tensor x = as_rows(input, rows, length);
+  const at::Tensor added = defined(residual) ? as_rows(like(input, *residual), rows, length) : at::Tensor();
+  const Activation kind = as_activation(activation, negative_slope);
   // Without the dispatcher: it would take longer than the rows of a small input.
   const auto shape = row_statistics_shape(input, normalized_ndim);
   at::Tensor output = at::detail::empty_cpu(input.sizes(), input.options());
@@ -91,16 +166,23 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm", [&] {
-    const RowParameter<scalar_t> w(weight, input, length, "weight"), b(bias, input, length, "bias");
-    const RowForward<scalar_t> args{length,
-                                    lines<const scalar_t>(x),
-                                    {output.mutable_data_ptr<scalar_t>(), length},
-                                    w.data(),
-                                    b.data(),
-                                    eps,
-                                    centered,
-                                    mean.mutable_data_ptr<double>(),
-                                    rstd.mutable_data_ptr<double>()};
+    const Lines<scalar_t> to{output.mutable_data_ptr<scalar_t>(), length};
+    double* const means = mean.mutable_data_ptr<double>();
+    double* const rstds = rstd.mutable_data_ptr<double>();
+    if (kind || added.defined()) {
+      using A = Acc<scalar_t>;
+      const RowParameter<A> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
+      const RowForward<A> layer{length, {}, {}, w.data(), b.data(), eps, centered, means, rstds};
+      const Lines<const scalar_t> from = lines<const scalar_t>(x);
+      const Lines<const scalar_t> plus = added.defined() ? lines<const scalar_t>(added) : Lines<const scalar_t>{};
+      parallel(rows, length, [&](int64_t begin, int64_t end) {
+        forward_epilogue<scalar_t>(layer, from, to, plus, kind, begin, end);
+      });
+      return;
+    }
+    const RowParameter<scalar_t> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
+    const RowForward<scalar_t> args{length, lines<const scalar_t>(x), to, w.data(), b.data(), eps, centered, means,
+                                    rstds};
     const auto run = kernels().of<scalar_t>().row_forward;
     parallel(rows, length, [&](int64_t begin, int64_t end) { run(args, begin, end); });
   });
@@ -108,58 +190,189 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   return {centered ? output : in_format_of(input, output), mean, rstd};
 }
 
-Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
-                           const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
-                           bool centered, Mask3 output_mask) {
+// (output, sum, mean, rstd): rows are added and, while their sum is in cache, normalized.
+Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64_t normalized_ndim,
+                      const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
+                      double weight_offset) {
   int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
   std::tie(rows, length) = row_shape(input, normalized_ndim);
-  TORCH_CHECK(grad_output.sizes() == input.sizes() && grad_output.scalar_type() == input.scalar_type(),
-              "normops: expected a gradient like the input (", input.scalar_type(), ", ", input.sizes(), "), got ",
-              grad_output.scalar_type(), ", ", grad_output.sizes());
-  const at::Tensor dy = as_rows(grad_output, rows, length);
-  const at::Tensor x = as_rows(input, rows, length);
+  const at::Tensor x = as_rows(input, rows, length), added = as_rows(like(input, residual), rows, length);
+  const auto shape = row_statistics_shape(input, normalized_ndim);
+  at::Tensor output = at::detail::empty_cpu(input.sizes(), input.options());
+  at::Tensor sum = at::detail::empty_cpu(input.sizes(), input.options());
+  prepare_output(output);
+  prepare_output(sum);
+  at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
+  at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_add_row_norm", [&] {
+    const RowParameter<scalar_t> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
+    const Lines<const scalar_t> first = lines<const scalar_t>(x), second = lines<const scalar_t>(added);
+    const Lines<scalar_t> to{sum.mutable_data_ptr<scalar_t>(), length};
+    const RowForward<scalar_t> args{length,
+                                    read_only(to),
+                                    {output.mutable_data_ptr<scalar_t>(), length},
+                                    w.data(),
+                                    b.data(),
+                                    eps,
+                                    centered,
+                                    mean.mutable_data_ptr<double>(),
+                                    rstd.mutable_data_ptr<double>()};
+    const Kernels<scalar_t>& kernel = kernels().of<scalar_t>();
+    parallel(rows, length, [&](int64_t begin, int64_t end) {
+      for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
+        kernel.sum_lines(from_row(first, row), from_row(second, row), from_row(to, row), count, length);
+        kernel.row_forward(args, row, row + count);
+      });
+    });
+  });
+  return {output, sum, mean, rstd};
+}
+
+// What the backward of rows needs beside the layer where an activation follows it.
+template <typename T>
+struct RowEpilogue {
+  Activation activation;
+  RowForward<Acc<T>> layer;  // makes anew what the activation was applied to
+  Lines<const T> residual, output;
+  Lines<T> grad_residual;
+};
+
+// The plain backward of the arithmetic's type, with the gradient before the activation in the place of dy.
+template <typename T>
+void backward_epilogue(const RowBackward<Acc<T>>& layer, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
+                       const RowEpilogue<T>& e, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  constexpr bool kWide = std::is_same_v<T, A>;
+  const Kernels<T>& kernel = kernels().of<T>();
+  const Kernels<A>& wide = kernels().of<A>();
+  const int64_t length = layer.length, most = rows_together(length);
+  const auto memory = row_memory<A>(length), wide_x = kWide ? nullptr : row_memory<A>(length);
+  const auto wide_dx = kWide ? nullptr : row_memory<A>(length);  // the kernel reads dz again after it has written dx
+  const std::unique_ptr<double[]> statistics(new double[2 * most]);
+  for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
+    const Lines<A> dz{memory.get(), length};
+    RowBackward<A> part = layer;
+    part.x = wide_rows(from_row(x, row), wide_x.get(), count, length);
+    if (e.output.data) {
+      kernel.widen_lines(from_row(e.output, row), dz, count, length);
+    } else {
+      RowForward<A> anew = e.layer;
+      anew.x = part.x;
+      anew.y = dz;
+      anew.mean = statistics.get();
+      anew.rstd = statistics.get() + most;
+      wide.row_forward(anew, 0, count);
+      if (e.residual.data) kernel.add_lines(from_row(e.residual, row), dz, count, length);
+    }
+    wide.differentiate(e.activation, dz, count, length);
+    kernel.multiply_lines(from_row(dy, row), dz, count, length);
+    if (e.grad_residual.data) kernel.narrow_lines(read_only(dz), from_row(e.grad_residual, row), count, length);
+    part.dy = read_only(dz);
+    if (dx.data) {
+      if constexpr (kWide)
+        part.dx = from_row(dx, row);
+      else
+        part.dx = {wide_dx.get(), length};
+    }
+    part.mean += row;
+    part.rstd += row;
+    wide.row_backward(part, 0, count);
+    if constexpr (!kWide) {
+      if (dx.data) kernel.narrow_lines(read_only(part.dx), from_row(dx, row), count, length);
+    }
+  });
+}
+
+Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
+                           const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
+                           bool centered, Mask4 output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
+                           const OptionalTensor& output, OptionalName activation, double negative_slope,
+                           double weight_offset, const OptionalTensor& grad_sum) {
+  int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
+  std::tie(rows, length) = row_shape(input, normalized_ndim);
+  const auto matrix = [&](const OptionalTensor& tensor) {
+    return defined(tensor) ? as_rows(like(input, *tensor), rows, length) : at::Tensor();
+  };
+  const Activation kind = as_activation(activation, negative_slope);
+  const at::Tensor dy = matrix(grad_output), x = as_rows(input, rows, length), more = matrix(grad_sum);
   const at::Tensor means = as_parameter(mean, input, rows, at::kDouble, "mean");
   const at::Tensor rstds = as_parameter(rstd, input, rows, at::kDouble, "rstd");
-  at::Tensor dx, dweight, dbias;
+  at::Tensor dx, dweight, dbias, dresidual, added, y;
+  if (kind) {
+    added = matrix(residual);
+    y = matrix(output);
+  }
   if (output_mask[0]) dx = prepare_output(at::detail::empty_cpu(input.sizes(), input.options()));
+  if (output_mask[3]) dresidual = at::detail::empty_cpu(input.sizes(), input.options());
+  if (output_mask[3] && !kind) dresidual.copy_(grad_output);
   const bool params = output_mask[1] || output_mask[2];
-  if (!params && !output_mask[0]) return {};
+  if (!params && !output_mask[0] && !(kind && output_mask[3])) return {dx, dweight, dbias, dresidual};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm_backward", [&] {
     using A = Acc<scalar_t>;
-    const RowParameter<scalar_t> w(weight, input, length, "weight");
-    const int64_t stride = w.padded(length);
+    const auto data_or_null = [&](const at::Tensor& t) {
+      return t.defined() ? lines<const scalar_t>(t) : Lines<const scalar_t>{};
+    };
+    const Kernels<scalar_t>& kernel = kernels().of<scalar_t>();
+    const Lines<const scalar_t> grads = lines<const scalar_t>(dy), inputs = lines<const scalar_t>(x);
+    const Lines<const scalar_t> summand = data_or_null(more);
+    const Lines<scalar_t> to{dx.defined() ? dx.mutable_data_ptr<scalar_t>() : nullptr, length};
     const int64_t block = rows_per_block(rows, length);
     const int64_t blocks = (rows + block - 1) / block;
-    at::Tensor partial;
-    if (params) partial = at::detail::empty_cpu({2, blocks, stride}, input.options().dtype(acc_type(input)));
-    A* const sums = params ? partial.mutable_data_ptr<A>() : nullptr;
-    const auto run = kernels().of<scalar_t>().row_backward;
-    parallel(blocks, block * length, [&](int64_t begin, int64_t end) {
-      RowBackward<scalar_t> args{length,
-                                 lines<const scalar_t>(dy),
-                                 lines<const scalar_t>(x),
-                                 {dx.defined() ? dx.mutable_data_ptr<scalar_t>() : nullptr, length},
-                                 w.data(),
-                                 means.const_data_ptr<double>(),
-                                 rstds.const_data_ptr<double>(),
-                                 centered,
-                                 nullptr,
-                                 nullptr};
-      for (int64_t i = begin; i < end; ++i) {
-        if (params) {
-          args.dweight = sums + i * stride;
-          args.dbias = sums + (blocks + i) * stride;
-          std::fill_n(args.dweight, stride, A(0));
-          std::fill_n(args.dbias, stride, A(0));
+    // Sums for dweight and dbias: run(args, begin, end) adds those of its rows to the block's.
+    const auto each_block = [&](auto args, const auto& run) {
+      using E = std::remove_const_t<std::remove_pointer_t<decltype(args.dx.data)>>;
+      const int64_t stride = RowParameter<E>::padded(length);
+      at::Tensor partial;
+      if (params) partial = at::detail::empty_cpu({2, blocks, stride}, input.options().dtype(acc_type(input)));
+      A* const sums = params ? partial.template mutable_data_ptr<A>() : nullptr;
+      parallel(blocks, block * length, [&](int64_t begin, int64_t end) {
+        auto own = args;
+        for (int64_t i = begin; i < end; ++i) {
+          if (params) {
+            own.dweight = sums + i * stride;
+            own.dbias = sums + (blocks + i) * stride;
+            std::fill_n(own.dweight, stride, A(0));
+            std::fill_n(own.dbias, stride, A(0));
+          }
+          run(own, i * block, std::min(rows, (i + 1) * block));
         }
-        run(args, i * block, std::min(rows, (i + 1) * block));
+      });
+      const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
+      if (output_mask[1]) dweight = sum_blocks<E>(sums, blocks, stride, shape, partial.options());
+      if (output_mask[2]) dbias = sum_blocks<E>(sums + blocks * stride, blocks, stride, shape, partial.options());
+    };
+    const double* const mean_data = means.const_data_ptr<double>();
+    const double* const rstd_data = rstds.const_data_ptr<double>();
+    if (kind) {
+      const RowParameter<A> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
+      const RowEpilogue<scalar_t> epilogue{
+          kind,
+          {length, {}, {}, w.data(), b.data(), eps, centered, nullptr, nullptr},
+          data_or_null(added),
+          data_or_null(y),
+          {dresidual.defined() ? dresidual.mutable_data_ptr<scalar_t>() : nullptr, length}};
+      each_block(RowBackward<A>{length, {}, {}, {}, w.data(), mean_data, rstd_data, centered, nullptr, nullptr},
+                 [&](const RowBackward<A>& args, int64_t begin, int64_t end) {
+                   backward_epilogue<scalar_t>(args, grads, inputs, to, epilogue, begin, end);
+                 });
+      return;
+    }
+    const RowParameter<scalar_t> w(weight, input, length, "weight", weight_offset);
+    const RowBackward<scalar_t> plain{length,    grads,     inputs,   to,      w.data(),
+                                      mean_data, rstd_data, centered, nullptr, nullptr};
+    each_block(plain, [&](const RowBackward<scalar_t>& args, int64_t begin, int64_t end) {
+      if (!summand.data || !to.data) {
+        kernel.row_backward(args, begin, end);
+        return;
       }
+      for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
+        kernel.row_backward(args, row, row + count);
+        kernel.sum_lines(read_only(from_row(to, row)), from_row(summand, row), from_row(to, row), count, length);
+      });
     });
-    const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
-    if (output_mask[1]) dweight = sum_blocks<scalar_t>(sums, blocks, stride, shape, partial.options());
-    if (output_mask[2]) dbias = sum_blocks<scalar_t>(sums + blocks * stride, blocks, stride, shape, partial.options());
   });
-  return {centered ? dx : in_format_of(grad_output, dx), dweight, dbias};
+  return {centered ? dx : in_format_of(grad_output, dx), dweight, dbias,
+          centered ? dresidual : in_format_of(grad_output, dresidual)};
 }
 
 }  // namespace
@@ -167,6 +380,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
 TORCH_LIBRARY_IMPL(normops, CPU, m) {
   m.impl("_row_norm", row_norm);
   m.impl("_row_norm_backward", row_norm_backward);
+  m.impl("_add_row_norm", add_row_norm);
 }
 
 }  // namespace normops::cpu

@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "../composed.h"
 #include "glue.h"
 
 namespace normops::cuda {
@@ -309,8 +310,8 @@ void move_running_stats(const at::Tensor& running_mean, const at::Tensor& runnin
 
 void add_channel_kernels(torch::Library& library) {
   library.impl("_update_running_stats", move_running_stats);
-  library.impl("_channel_norm", channel_norm);
-  library.impl("_channel_norm_backward", channel_norm_backward);
+  library.impl("_channel_norm", composed_channel_norm<channel_norm>);
+  library.impl("_channel_norm_backward", composed_channel_norm_backward<channel_norm, channel_norm_backward>);
   library.impl("_channel_moments", moments);
   library.impl("_channel_grad_sums", grad_sums);
   library.impl("_channel_grad_apply", grad_apply);

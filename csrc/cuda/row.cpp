@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "../composed.h"
 #include "glue.h"
 
 namespace normops::cuda {
@@ -136,8 +137,9 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
 }  // namespace
 
 void add_row_kernels(torch::Library& library) {
-  library.impl("_row_norm", row_norm);
-  library.impl("_row_norm_backward", row_norm_backward);
+  library.impl("_row_norm", composed_row_norm<row_norm>);
+  library.impl("_row_norm_backward", composed_row_norm_backward<row_norm, row_norm_backward>);
+  library.impl("_add_row_norm", composed_add_row_norm<row_norm>);
 }
 
 }  // namespace normops::cuda

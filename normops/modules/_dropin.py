@@ -1,9 +1,12 @@
 """What the layers have in common beside torch's classes."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch.fx import Proxy
+
+from normops import _activations
 
 
 class DropIn(torch.nn.Module):
@@ -14,20 +17,75 @@ class DropIn(torch.nn.Module):
         return printed(super().__repr__()) if type(self).__module__.startswith("normops.") else super().__repr__()
 
 
+class WithEpilogue(DropIn):
+    """A layer that may end with an activation.
+
+    ``activation`` and ``negative_slope`` are options of the constructor, printed where they are not as by default and
+    no part of the ``state_dict``. They are attributes of the class otherwise, so that converted and unpickled layers
+    have them.
+    """
+
+    activation: str | None = None
+    negative_slope: float = _activations.DEFAULT_SLOPE
+
+    def __init__(
+        self,
+        *args: Any,
+        activation: str | None = None,
+        negative_slope: float = _activations.DEFAULT_SLOPE,
+        **kwargs: Any,
+    ) -> None:
+        _activations.check(type(self).__name__, activation, negative_slope)
+        super().__init__(*args, **kwargs)
+        if activation is not None:
+            self.activation = activation
+        if negative_slope != _activations.DEFAULT_SLOPE:
+            self.negative_slope = negative_slope
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What TorchScript wants to know; what is said of the constructor: the torch layer's arguments, and these."""
+        super().__init_subclass__(**kwargs)
+        constants = {name for base in cls.__mro__ for name in base.__dict__.get("__constants__", ())}
+        cls.__constants__ = sorted(  # type: ignore[attr-defined]
+            constants | {"activation", "negative_slope"}
+        )
+        if "__init__" in cls.__dict__:
+            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        else:
+            base = next(base for base in cls.__mro__ if not base.__module__.startswith("normops."))
+            own = inspect.signature(WithEpilogue.__init__).parameters
+            theirs = [p for p in inspect.signature(base).parameters.values() if p.name not in own]
+            parameters = [*theirs, *(own[name] for name in ("activation", "negative_slope"))]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        options = [super().extra_repr()]
+        if self.activation is not None:
+            options.append(f"activation={self.activation!r}")
+        if self.negative_slope != _activations.DEFAULT_SLOPE:
+            options.append(f"negative_slope={self.negative_slope}")
+        return ", ".join(filter(None, options))
+
+
 def printed(layer: str) -> str:
     """How a layer whose class has another's name is told from it."""
     return f"normops.{layer}"
 
 
-def trace(module: torch.nn.Module, input: Any) -> Any:
+def trace(module: torch.nn.Module, input: Any, residual: Any = None) -> Any:
     """What ``module`` returns for an input that is no tensor: under ``torch.fx.symbolic_trace``, which takes layers for
     leaves, the node of the graph that calls it.
 
     The module that is itself being traced cannot call itself: it shows the inside of the torch layer it stands for,
-    which also knows what to say of an input that is neither.
+    which also knows what to say of an input that is neither. It does so without a residual, as that is ``None`` unless
+    it is given.
     """
     tracer: Any = input.tracer if isinstance(input, Proxy) else None
     if tracer and tracer.root is not module:
-        return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+        args = (input,) if residual is None else (input, residual)
+        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
     base: Any = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
-    return base.forward(module, input)
+    output = base.forward(module, input)
+    if isinstance(module, WithEpilogue):
+        output = _activations.apply(output, module.activation, module.negative_slope)
+    return output

@@ -3,17 +3,17 @@
 import torch
 
 from normops import functional as F
-from normops.modules._dropin import DropIn, trace
+from normops.modules._dropin import WithEpilogue, trace
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
 
-class _BatchNormForward(DropIn, torch.nn.modules.batchnorm._BatchNorm):
+class _BatchNormForward(WithEpilogue, torch.nn.modules.batchnorm._BatchNorm):
     """The forward of torch's ``_BatchNorm`` on :func:`normops.functional.batch_norm`."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
-            return trace(self, input)
+            return trace(self, input, residual)
         self._check_input_dim(input)
         use_input_stats = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
@@ -32,6 +32,7 @@ class _BatchNormForward(DropIn, torch.nn.modules.batchnorm._BatchNorm):
             use_input_stats,
             momentum,
             self.eps,
+            residual,
         )
 
     # Annotated for TorchScript.
@@ -45,8 +46,21 @@ class _BatchNormForward(DropIn, torch.nn.modules.batchnorm._BatchNorm):
         training: bool,
         momentum: float,
         eps: float,
+        residual: torch.Tensor | None,
     ) -> torch.Tensor:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return F.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+        )
 
 
 class BatchNorm1d(_BatchNormForward, torch.nn.BatchNorm1d):

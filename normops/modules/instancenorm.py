@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from normops import functional as F
-from normops.modules._dropin import DropIn, trace
+from normops.modules._dropin import WithEpilogue, trace
 
 __all__ = [
     "InstanceNorm1d",
@@ -17,12 +17,12 @@ __all__ = [
 ]
 
 
-class _InstanceNormForward(DropIn, torch.nn.modules.instancenorm._InstanceNorm):
+class _InstanceNormForward(WithEpilogue, torch.nn.modules.instancenorm._InstanceNorm):
     """The forward of torch's ``_InstanceNorm`` on :func:`normops.functional.instance_norm`."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
-            return trace(self, input)
+            return trace(self, input, residual)
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         channels = input.size(0 if unbatched else 1)
@@ -34,9 +34,12 @@ class _InstanceNormForward(DropIn, torch.nn.modules.instancenorm._InstanceNorm):
                 "num_features unused",
                 stacklevel=2,
             )
-        return self._handle_no_batch_input(input) if unbatched else self._apply_instance_norm(input)
+        if unbatched:
+            batch_of_one = None if residual is None else residual.unsqueeze(0)
+            return self._apply_instance_norm(input.unsqueeze(0), batch_of_one).squeeze(0)
+        return self._apply_instance_norm(input, residual)
 
-    def _apply_instance_norm(self, input: torch.Tensor) -> torch.Tensor:
+    def _apply_instance_norm(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return F.instance_norm(
             input,
             self.running_mean,
@@ -46,6 +49,9 @@ class _InstanceNormForward(DropIn, torch.nn.modules.instancenorm._InstanceNorm):
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
         )
 
 

@@ -1,27 +1,38 @@
-"""LayerNorm, LayerNorm2d, RMSNorm and GroupNorm."""
+"""LayerNorm, LayerNorm2d, RMSNorm and GroupNorm, and the row layers of a sum."""
 
 from typing import Any
 
 import torch
 
 from normops import functional as F
-from normops.modules._dropin import DropIn, trace
+from normops.modules._dropin import DropIn, WithEpilogue, trace
 
-__all__ = ["GroupNorm", "LayerNorm", "LayerNorm2d", "RMSNorm"]
+__all__ = ["AddLayerNorm", "AddRMSNorm", "GroupNorm", "LayerNorm", "LayerNorm2d", "RMSNorm"]
 
 
-def layer_norm_2d(input: torch.Tensor, *args: Any) -> torch.Tensor:
+def layer_norm_2d(input: torch.Tensor, *args: Any, residual: torch.Tensor | None = None, **extras: Any) -> torch.Tensor:
     """:func:`normops.functional.layer_norm` over dimension 1."""
-    return F.layer_norm(input.movedim(1, -1), *args).movedim(-1, 1)
+    if residual is not None:
+        extras["residual"] = residual.movedim(1, -1)
+    return F.layer_norm(input.movedim(1, -1), *args, **extras).movedim(-1, 1)
 
 
-class LayerNorm(DropIn, torch.nn.LayerNorm):
+class LayerNorm(WithEpilogue, torch.nn.LayerNorm):
     """Drop-in for :class:`torch.nn.LayerNorm`; see :func:`normops.functional.layer_norm`."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
-            return trace(self, input)
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+            return trace(self, input, residual)
+        return F.layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+        )
 
 
 class LayerNorm2d(LayerNorm):
@@ -57,32 +68,88 @@ class LayerNorm2d(LayerNorm):
         bias: bool = True,
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype)
+        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype, **options)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         if input.shape[1:2] != self.normalized_shape:
             raise RuntimeError(
                 f"LayerNorm2d: expected input with {self.normalized_shape[0]} channels, got shape {list(input.shape)}"
             )
-        return layer_norm_2d(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm_2d(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+        )
 
 
-class RMSNorm(DropIn, torch.nn.RMSNorm):
+class RMSNorm(WithEpilogue, torch.nn.RMSNorm):
     """Drop-in for :class:`torch.nn.RMSNorm`; see :func:`normops.functional.rms_norm`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
-            return trace(self, x)
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            return trace(self, x, residual)
+        return F.rms_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+        )
 
 
-class GroupNorm(DropIn, torch.nn.GroupNorm):
+class GroupNorm(WithEpilogue, torch.nn.GroupNorm):
     """Drop-in for :class:`torch.nn.GroupNorm`; see :func:`normops.functional.group_norm`."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
-            return trace(self, input)
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+            return trace(self, input, residual)
+        return F.group_norm(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+        )
+
+
+class AddLayerNorm(DropIn, torch.nn.LayerNorm):
+    """LayerNorm of the sum of two tensors, which is returned beside it: ``(norm(input + residual), input + residual)``.
+
+    Arguments, parameters and ``state_dict`` are those of :class:`torch.nn.LayerNorm`; see
+    :func:`normops.functional.add_layer_norm`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class AddRMSNorm(DropIn, torch.nn.RMSNorm):
+    """RMSNorm of the sum of two tensors, which is returned beside it: ``(norm(input + residual), input + residual)``.
+
+    Arguments, parameters and ``state_dict`` are those of :class:`torch.nn.RMSNorm`; see
+    :func:`normops.functional.add_rms_norm`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.add_rms_norm(input, residual, self.normalized_shape, self.weight, self.eps)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from normops import _activations
 from normops.modules import batchnorm
 
 __all__ = ["SyncBatchNorm"]
@@ -166,6 +167,7 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
     Shape: input and output :math:`(N, C, *)`. The output keeps the memory format and dtype of the input.
 
     Args:
+        activation, negative_slope: as of all layers; with several ranks, computed after the layer.
         process_group: the ranks to join; ``None``: all of them. The others are those of :class:`torch.nn.BatchNorm2d`.
 
     Raises:
@@ -190,7 +192,7 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
         process_group: dist.ProcessGroup | None = None,
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
-        **kwargs: bool,  # bias, where torch has it
+        **kwargs: Any,  # activation, negative_slope; bias, where torch has it
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.process_group = process_group
@@ -211,10 +213,16 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
                 _send_failure(input.device, self.process_group)
             raise
 
-    def _batch_norm(self, input, running_mean, running_var, weight, bias, training, momentum, eps):
+    def _batch_norm(self, input, running_mean, running_var, weight, bias, training, momentum, eps, residual):
         if not self._synchronizes():
-            return super()._batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self.process_group)
+            return super()._batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps, residual
+            )
+        output = _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self.process_group)
+        # Not in one pass yet: the stages between which ranks meet know no epilogue.
+        if residual is not None:
+            output = output + residual
+        return _activations.apply(output, self.activation, self.negative_slope)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _Module, process_group: dist.ProcessGroup | None = None) -> _Module:

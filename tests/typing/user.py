@@ -19,6 +19,7 @@ class Net(nn.Module):
         self.image = normops.LayerNorm2d(8, bias=False, dtype=torch.bfloat16)
         self.sync = normops.SyncBatchNorm(8, process_group=None)
         self.lazy = normops.LazyInstanceNorm1d(affine=True)
+        self.fused = normops.GroupNorm(2, 8, activation="silu")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.image.forward(self.norm.forward(x))
@@ -27,8 +28,8 @@ class Net(nn.Module):
 
 
 class Own(LayerNorm):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + 1
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return super().forward(input, residual) + 1
 
 
 def functions(x: Tensor, statistic: Tensor | None, shape: Sequence[int]) -> list[Tensor]:
@@ -38,6 +39,8 @@ def functions(x: Tensor, statistic: Tensor | None, shape: Sequence[int]) -> list
         F.group_norm(x, 2, weight=statistic),
         F.layer_norm(x, [5]),
         F.rms_norm(x, tuple(shape), eps=None),
+        F.group_norm(x, 2, activation="leaky_relu", negative_slope=0.2, residual=x),
+        *F.add_layer_norm(x, x, [5], weight_offset=1.0),
     ]
     assert_type(results, list[Tensor])
     return results
@@ -84,7 +87,7 @@ assert_type(normops.__version__, str)
 
 def mistakes(x: Tensor) -> None:
     """An ignore that is not needed is an error."""
-    normops.BatchNorm2d("8")  # type: ignore[arg-type]
+    normops.BatchNorm2d(8, activation=1)  # type: ignore[arg-type]
     normops.LayerNorm2d(8).forward([1.0])  # type: ignore[arg-type]
     normops.convert([nn.LayerNorm(8)])  # type: ignore[type-var]
     normops.set_compile_mode("other")  # type: ignore[arg-type]

@@ -1,0 +1,138 @@
+// What a fused epilogue adds to the engines' kernels: loops over lines that are in the nearest cache, between elements
+// and the type of the arithmetic. Compiled once per instruction set.
+
+#include "../activation.h"
+#include "pack.h"
+
+namespace normops::cpu::CPU_CAPABILITY {
+namespace {
+
+// A register of numbers as activation.h wants them.
+template <typename A>
+struct Number {
+  using Vec = at::vec::Vectorized<A>;
+  Vec v;
+
+  NORMOPS_INLINE friend Number operator+(const Number& a, const Number& b) { return {a.v + b.v}; }
+  NORMOPS_INLINE friend Number operator+(const Number& a, double b) { return {a.v + Vec(A(b))}; }
+  NORMOPS_INLINE friend Number operator-(const Number& a, double b) { return {a.v - Vec(A(b))}; }
+  NORMOPS_INLINE friend Number operator-(double a, const Number& b) { return {Vec(A(a)) - b.v}; }
+  NORMOPS_INLINE friend Number operator-(const Number& a) { return {a.v.neg()}; }
+  NORMOPS_INLINE friend Number operator*(const Number& a, const Number& b) { return {a.v * b.v}; }
+  NORMOPS_INLINE friend Number operator*(const Number& a, double b) { return {a.v * Vec(A(b))}; }
+
+  NORMOPS_INLINE friend Number exp(const Number& z) { return {z.v.exp()}; }
+  NORMOPS_INLINE friend Number erf(const Number& z) { return {z.v.erf()}; }
+  NORMOPS_INLINE friend Number sigmoid(const Number& z) { return {Vec(A(1)) / (Vec(A(1)) + z.v.neg().exp())}; }
+  NORMOPS_INLINE friend Number clamp(const Number& z, double least, double most) {
+    return {at::vec::clamp(z.v, Vec(A(least)), Vec(A(most)))};
+  }
+  NORMOPS_INLINE friend Number choose(const Number& z, double limit, double above, double otherwise) {
+    return {Vec::blendv(Vec(A(otherwise)), Vec(A(above)), z.v > Vec(A(limit)))};
+  }
+};
+
+// f for the whole of lines that follow each other, or for line after line: f(first element, length).
+template <typename F>
+void for_lines(bool together, int64_t lines, int64_t length, F f) {
+  if (together) {
+    f(int64_t(0), lines * length);
+    return;
+  }
+  for (int64_t line = 0; line < lines; ++line) f(line, length);
+}
+
+// z = f(z) for every number of the lines.
+template <typename A, typename F>
+NORMOPS_INLINE void transform(Lines<A> z, int64_t lines, int64_t length, F f) {
+  for_lines(z.stride == length, lines, length, [&](int64_t line, int64_t n) {
+    A* const data = z[line];
+    sweep<A>(n, [&](int64_t j, auto lanes, auto) {
+      Pack<A> pack = Pack<A>::load(data + j, lanes);
+      pack.part[0] = f(Number<A>{pack.part[0]}).v;
+      pack.store(data + j, lanes);
+    });
+  });
+}
+
+template <typename A>
+NORMOPS_KERNEL activate(const Activation& activation, Lines<A> z, int64_t lines, int64_t length) {
+  with_activation(activation.kind, [&](auto f) {
+    transform(z, lines, length, [&](const Number<A>& v) { return f.value(v, activation.negative_slope); });
+  });
+}
+
+template <typename A>
+NORMOPS_KERNEL differentiate(const Activation& activation, Lines<A> z, int64_t lines, int64_t length) {
+  with_activation(activation.kind, [&](auto f) {
+    transform(z, lines, length, [&](const Number<A>& v) { return f.derivative(v, activation.negative_slope); });
+  });
+}
+
+// target = f(target, source)
+template <typename T, typename F>
+NORMOPS_INLINE void combine(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length, F f) {
+  for_lines(source.stride == length && target.stride == length, lines, length, [&](int64_t line, int64_t n) {
+    const T* const from = source[line];
+    Acc<T>* const to = target[line];
+    sweep<T>(n, [&](int64_t j, auto lanes, auto) {
+      store_natural<T>(f(to + j, lanes, Pack<T>::load(from + j, lanes)), to + j, lanes);
+    });
+  });
+}
+
+template <typename T>
+NORMOPS_KERNEL widen_lines(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length) {
+  combine(source, target, lines, length, [](const Acc<T>*, auto, const Pack<T>& v) { return v; });
+}
+
+template <typename T>
+NORMOPS_KERNEL add_lines(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length) {
+  combine(source, target, lines, length,
+          [](const Acc<T>* to, auto lanes, const Pack<T>& v) { return load_natural<T>(to, lanes) + v; });
+}
+
+template <typename T>
+NORMOPS_KERNEL multiply_lines(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length) {
+  combine(source, target, lines, length,
+          [](const Acc<T>* to, auto lanes, const Pack<T>& v) { return load_natural<T>(to, lanes) * v; });
+}
+
+template <typename T>
+NORMOPS_KERNEL narrow_lines(Lines<const Acc<T>> source, Lines<T> target, int64_t lines, int64_t length) {
+  for_lines(source.stride == length && target.stride == length, lines, length, [&](int64_t line, int64_t n) {
+    sweep<T>(n, [&](int64_t j, auto lanes, auto) {
+      load_natural<T>(source[line] + j, lanes).store(target[line] + j, lanes);
+    });
+  });
+}
+
+// sum = a + b
+template <typename T>
+NORMOPS_KERNEL sum_lines(Lines<const T> a, Lines<const T> b, Lines<T> sum, int64_t lines, int64_t length) {
+  const bool together = a.stride == length && b.stride == length && sum.stride == length;
+  for_lines(together, lines, length, [&](int64_t line, int64_t n) {
+    sweep<T, 2>(n, [&](int64_t j, auto lanes, auto) {
+      (Pack<T>::load(a[line] + j, lanes) + Pack<T>::load(b[line] + j, lanes)).store(sum[line] + j, lanes);
+    });
+  });
+}
+
+template <typename T>
+void add(Kernels<T>& kernels) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    kernels.activate = activate<T>;
+    kernels.differentiate = differentiate<T>;
+  }
+  kernels.widen_lines = widen_lines<T>;
+  kernels.add_lines = add_lines<T>;
+  kernels.multiply_lines = multiply_lines<T>;
+  kernels.narrow_lines = narrow_lines<T>;
+  kernels.sum_lines = sum_lines<T>;
+}
+
+}  // namespace
+
+void add_epilogue(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+
+}  // namespace normops::cpu::CPU_CAPABILITY

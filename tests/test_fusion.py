@@ -1,0 +1,602 @@
+"""Norm, residual and activation in one pass: what the three have one after the other."""
+
+import copy
+import math
+
+import pytest
+import reference
+import torch
+from cases import MODULES, SHAPE, each, each_case, each_dtype, each_row_case
+from comparison import assert_near, check, largest, tolerance
+from fusion_cases import (
+    ACTIVATIONS,
+    SLOPE,
+    each_activation,
+    each_residual,
+    extras,
+    few_activations,
+    few_cases,
+    fused,
+    laid_out,
+)
+from layouts import LAYOUTS, each_layout, each_memory_format
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import normops
+import normops.functional as F
+from normops import _activations
+
+OPS = torch.ops.normops
+
+
+# forward
+
+
+@each_residual
+@each_activation
+@each_case
+def test_equals_reference(case, activation, residual, device):
+    check(fused(case, activation, residual, device=device), backward=False)
+
+
+@each_activation
+def test_values_are_those_of_torch(activation):
+    """Far from zero, at the corners, and in the tails."""
+    z = torch.cat([torch.linspace(-40, 40, 4001), torch.tensor([0.0, 3.0, -3.0, 6.0, 1e4, -1e4])]).view(1, -1, 1)
+    z.requires_grad_()
+    stats = torch.zeros(z.shape[1]), torch.ones(z.shape[1])
+    ours = F.batch_norm(z, *stats, eps=0.0, **extras(activation))
+    theirs = _activations.apply(z, activation, SLOPE)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(y.sum(), z)[0] for y in (ours, theirs)]
+    if activation == "hardswish":  # which has two derivatives at its corners
+        grads = [g[z.detach().abs() != 3] for g in grads]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3), (5, 6), (2, 64, 9), (33, 48, 1), (2, 6, 40, 31), (9, 3, 7, 7), (3, 200, 3, 5)]
+)
+@each_residual
+@few_cases
+def test_shapes(case, residual, shape, device):
+    """Short lines, long ones, narrow ones and wide: pieces begin and end anywhere."""
+    check(fused(case, "silu", residual, case.enough(shape), device=device))
+
+
+@each_row_case
+def test_weight_offset(case, device):
+    sample = case.sample(device=device)
+    sample.fixed["weight_offset"] = 1.0
+    check(sample)
+    sample.fixed |= {"activation": "gelu"}
+    check(sample)
+
+
+# backward
+
+
+@each_residual
+@each_activation
+@each_case
+def test_gradients(case, activation, residual, device):
+    check(fused(case, activation, residual, device=device))
+
+
+@pytest.mark.parametrize("leaf", ["input", "weight", "bias", "residual"])
+@few_activations
+@few_cases
+def test_gradient_of_one(case, activation, leaf, device):
+    """What does not ask for a gradient gets none, and changes nothing for what does."""
+    sample = fused(case, activation, True, device=device)
+    if leaf not in ("input", *sample.parameters):
+        return
+    for name, tensor in {"input": sample.input, **sample.parameters}.items():
+        tensor.requires_grad_(name == leaf)
+    check(sample)
+
+
+@few_activations
+@few_cases
+def test_absent_parameters(case, activation, device):
+    check(fused(case, activation, True, device=device, names=()))
+
+
+@each_residual
+@each_activation
+def test_what_is_saved(activation, residual):
+    """The input, the statistics and the parameters: another tensor of the size of the input only where it has to be."""
+    saved = []
+    x, r = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(6, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = F.group_norm(x, 3, weight, bias, **extras(activation), residual=r if residual else None)
+    large = {t.data_ptr() for t in saved if t.numel() == x.numel()}
+    expected = {x.data_ptr()}
+    if activation and residual:
+        expected |= {y.data_ptr() if activation in ("relu", "leaky_relu") else r.data_ptr()}
+    assert large == expected
+
+
+# gradcheck, double backward
+
+
+@each_residual
+@each_activation
+@few_cases
+def test_gradcheck(case, activation, residual, device):
+    function, tensors = differentiable(case, activation, residual, device)
+    assert gradcheck(function, tensors, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+def differentiable(case, activation, residual, device, functions=F):
+    sample = fused(case, activation, residual, (3, 4, 5), dtype=torch.float64, device=device)
+    names = list(sample.parameters)
+
+    def function(input, *values):
+        return getattr(functions, case.op)(input, **dict(zip(names, values, strict=True)), **sample.fixed)
+
+    return function, (sample.input, *sample.parameters.values())
+
+
+@few_activations
+@few_cases
+def test_third_order(case, activation, device):
+    results = []
+    for functions in (F, reference):
+        torch.manual_seed(0)
+        function, tensors = differentiable(case, activation, True, device, functions)
+        total = function(*tensors).pow(3).sum()
+        for _ in range(3):
+            total = sum(g.pow(2).sum() for g in torch.autograd.grad(total, tensors, create_graph=True))
+        results.append(total.detach())
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
+
+
+@few_activations
+@few_cases
+def test_tangents_and_transforms(case, activation, device):
+    """Forward-mode AD with respect to the residual alone; vmap over calls."""
+    results = []
+    for functions in (F, reference):
+        torch.manual_seed(0)
+        function, tensors = differentiable(case, activation, True, device, functions)
+        *others, residual = (tensor.detach() for tensor in tensors)
+        with forward_ad.dual_level():
+            output = function(*others, forward_ad.make_dual(residual, residual.cos()))
+            results.append(forward_ad.unpack_dual(output))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    many = [torch.stack([tensor.detach(), 2 * tensor.detach()]) for tensor in tensors]
+    alone = [function(*each) for each in zip(*many, strict=True)]
+    torch.testing.assert_close(torch.vmap(function)(*many), torch.stack(alone))
+
+
+# layouts, dtypes
+
+
+@each_residual
+@each_layout
+@each_case
+def test_layouts(case, layout, residual, device):
+    check(laid_out(fused(case, "leaky_relu", residual, device=device), LAYOUTS[layout]))
+
+
+@each_layout
+@few_cases
+def test_residual_of_another_layout(case, layout, device):
+    sample = fused(case, "relu", True, device=device)
+    sample.parameters["residual"] = LAYOUTS[layout](sample.parameters["residual"].detach()).requires_grad_()
+    check(sample)
+
+
+@each_memory_format
+@each_dtype
+@each_residual
+@each_activation
+@few_cases
+def test_dtypes(case, activation, residual, dtype, memory_format, device):
+    """Rounded once, at the end, as a norm alone."""
+    sample = fused(case, activation, residual, dtype=dtype, device=device)
+    check(laid_out(sample, lambda x: x.contiguous(memory_format=memory_format)))
+
+
+@pytest.mark.real_device
+@few_cases
+def test_threads(case, threads):
+    """Their number does not change a bit."""
+    sample = fused(case, "gelu_tanh", True, (8, 64, 33, 17))
+    grad = torch.randn_like(sample.input)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(sample.results(grad=grad))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in results[0])
+
+
+# add_layer_norm, add_rms_norm
+
+
+def added(case, device="cpu", dtype=torch.float32, shape=SHAPE):
+    """(function, arguments, tensors) of the sum's norm; the tensors are input, residual and parameters."""
+    sample = fused(case, None, True, shape, dtype=dtype, device=device)
+    return sample, [sample.input, sample.parameters["residual"]]
+
+
+def run_added(sample, functions, **more):
+    parameters = {name: p for name, p in sample.parameters.items() if name != "residual"}
+    if functions is reference:
+        total = (sample.input + sample.parameters["residual"]).to(sample.input.dtype)
+        return getattr(reference, sample.case.op)(total, **parameters, **sample.fixed, **more), total
+    function = getattr(F, f"add_{sample.case.op}")
+    return function(sample.input, sample.parameters["residual"], **parameters, **sample.fixed, **more)
+
+
+@each_layout
+@each_row_case
+def test_sum_and_norm(case, layout, device):
+    sample = laid_out(fused(case, None, True, device=device), LAYOUTS[layout])
+    check_sum(sample)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7, 128), (5, 129), (2, 3, 1000), (3, 9001), (0, 7), (3, 4, 0)], ids=str)
+@each_row_case
+def test_sum_and_norm_of_shapes(case, shape, device):
+    if len(shape) < case.row_dims + 1 or (0 in shape and case.op == "rms_norm"):
+        return
+    sample = fused(case, None, True, shape, device=device)
+    check_sum(sample, backward=0 not in shape)
+
+
+@each_dtype
+@each_row_case
+def test_sum_and_norm_of_dtypes(case, dtype, device):
+    sample = fused(case, None, True, dtype=dtype, device=device)
+    sample.fixed["weight_offset"] = 1.0
+    check_sum(sample)
+
+
+def check_sum(sample, backward=True):
+    """Against the reference of the rounded sum, with gradients of both results."""
+    exact = sample.double()
+    dtype = sample.input.dtype
+    output, total = run_added(sample, F)
+    assert output.dtype == total.dtype == dtype
+    assert torch.equal(total, sample.input + sample.parameters["residual"])
+    # What is normalized is the sum as it was rounded.
+    rounded = (
+        exact.input + (total.detach().cpu().double() - exact.input).detach() - exact.parameters["residual"].detach()
+    )
+    exact.input = rounded
+    expected = getattr(reference, sample.case.op)(
+        rounded + exact.parameters["residual"],
+        **{name: p for name, p in exact.parameters.items() if name != "residual"},
+        **exact.fixed,
+    )
+    allowed = tolerance(dtype, dtype, 1)
+    assert_near("output", output, expected.detach(), largest(expected.detach()), allowed)
+    if not backward:
+        return
+    grads = torch.randn_like(output), torch.randn_like(total)
+    leaves = [sample.input, sample.parameters["residual"], sample.parameters["weight"]]
+    results = torch.autograd.grad((output, total), leaves, grads)
+    assert torch.equal(results[0], results[1])
+    parts = [
+        torch.autograd.grad(expected, exact.parameters["residual"], grads[0].cpu().double(), retain_graph=True)[0],
+        grads[1].cpu().double(),
+    ]
+    # Rounded twice: the gradient through the norm, and the sum.
+    scale = largest(parts[0]) + largest(parts[1])
+    assert_near("grad", results[0], sum(parts), scale, 2 * allowed)
+    to_weight = torch.autograd.grad(expected, exact.parameters["weight"], grads[0].cpu().double())[0]
+    terms = sample.input.numel() // results[2].numel()
+    scale = max(largest(to_weight), grads[0].double().norm().item() / math.sqrt(results[2].numel()))
+    assert_near("grad_weight", results[2], to_weight, scale, tolerance(results[2].dtype, dtype, terms))
+
+
+@each_row_case
+def test_sum_with_one_gradient(case, device):
+    """Of the output alone, of the sum alone."""
+    sample, leaves = added(case, device)
+    output, total = run_added(sample, F)
+    plain = fused(case, None, False, device=device)
+    plain.input, plain.parameters = total.detach().requires_grad_(), dict(sample.parameters)
+    del plain.parameters["residual"]
+    grad = torch.randn_like(output)
+    expected = plain.results(grad=grad)["grad_input"]
+    for result in torch.autograd.grad(output, leaves, grad, retain_graph=True):
+        torch.testing.assert_close(result, expected)
+    for result in torch.autograd.grad(total, leaves, grad):
+        assert torch.equal(result, grad)
+
+
+@each_row_case
+def test_sum_gradcheck(case, device):
+    sample = fused(case, None, True, (3, 4, 5), dtype=torch.float64, device=device)
+    names = list(sample.parameters)
+
+    def function(input, *values):
+        parameters = dict(zip(names, values, strict=True))
+        residual = parameters.pop("residual")
+        return getattr(F, f"add_{case.op}")(input, residual, **parameters, **sample.fixed, weight_offset=0.5)
+
+    tensors = sample.input, *sample.parameters.values()
+    assert gradcheck(function, tensors, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(function, tensors, fast_mode=True)
+    many = [torch.stack([tensor.detach(), 2 * tensor.detach()]) for tensor in tensors]
+    alone = [function(*each) for each in zip(*many, strict=True)]
+    torch.testing.assert_close(torch.vmap(function)(*many), tuple(map(torch.stack, zip(*alone, strict=True))))
+
+
+# edge cases
+
+
+@each_residual
+@few_activations
+@few_cases
+def test_empty(case, activation, residual, device):
+    sample = fused(case, activation, residual, (0, 6, 5, 7), device=device)
+    output = sample.run()
+    assert output.shape == (0, 6, 5, 7)
+    output.sum().backward()
+    assert sample.input.grad.shape == output.shape
+
+
+@few_cases
+def test_nan_stays(case, device):
+    sample = fused(case, "relu", True, device=device)
+    sample.parameters["residual"].data[0, 0, 0, 0] = math.nan
+    output = sample.run()
+    assert output[0, 0, 0, 0].isnan() and output.isnan().sum() == 1
+
+
+@few_cases
+def test_output_changed_in_place_is_noticed(case, device):
+    """Where the backward takes the derivative from it."""
+    sample = fused(case, "relu", True, device=device)
+    output = sample.run()
+    output.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@few_cases
+def test_residual_that_is_the_input(case, device):
+    sample = case.sample(device=device)
+    x = sample.input
+    grad = torch.randn_like(x)
+    result = torch.autograd.grad(sample.run(residual=x, activation="relu"), x, grad)[0]
+    expected = torch.autograd.grad(torch.relu(sample.run() + x), x, grad)[0]
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_running_stats_move(device):
+    x, r = torch.randn(2, *SHAPE, device=device)
+    ours, theirs = ([torch.zeros(6, device=device), torch.ones(6, device=device)] for _ in range(2))
+    F.batch_norm(x, *ours, training=True, activation="relu", residual=r)
+    F.batch_norm(x, *theirs, training=True)
+    assert all(map(torch.equal, ours, theirs))
+
+
+# compile
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+
+
+@each_residual
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@few_cases
+def test_opcheck(case, activation, residual, device):
+    sample = fused(case, activation, residual, device=device)
+    torch.library.opcheck(getattr(OPS, case.op).default, (sample.input,), {**sample.parameters, **sample.fixed})
+
+
+@each_row_case
+def test_opcheck_of_sums(case, device):
+    sample = fused(case, None, True, device=device)
+    residual = sample.parameters.pop("residual")
+    kwargs = {**sample.parameters, **sample.fixed}
+    torch.library.opcheck(getattr(OPS, f"add_{case.op}").default, (sample.input, residual), kwargs)
+
+
+@each_residual
+@few_activations
+@each_layout
+@few_cases
+def test_fake_tensors_lie_as_real_ones(case, layout, activation, residual, device):
+    sample = laid_out(fused(case, activation, residual, device=device), LAYOUTS[layout])
+    real = sample.results(grad=torch.ones_like(sample.input))
+    with FakeTensorMode() as mode:
+
+        def fake(value):
+            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+        sample.input = fake(sample.input)
+        sample.parameters = {name: fake(parameter) for name, parameter in sample.parameters.items()}
+        sample.fixed = {name: fake(value) for name, value in sample.fixed.items()}
+        results = sample.results(grad=torch.ones_like(sample.input))
+    for name, result in results.items():
+        assert (result.shape, result.stride(), result.dtype) == (
+            real[name].shape,
+            real[name].stride(),
+            real[name].dtype,
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("mode", ["kernel", "decompose"])
+@each_residual
+@few_cases
+def test_compile(case, residual, mode, dynamic, device):
+    sample = fused(case, "silu", residual, device=device)
+    grad = torch.randn_like(sample.input)
+    expected = sample.results(grad=grad)
+    names = list(sample.parameters)
+
+    def function(input, *values):
+        return getattr(F, case.op)(input, **dict(zip(names, values, strict=True)), **sample.fixed)
+
+    with normops.set_compile_mode(mode):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        output = compiled(sample.input, *sample.parameters.values())
+        grads = torch.autograd.grad(output, [sample.input, *sample.parameters.values()], grad)
+    torch.testing.assert_close(output, expected["output"], rtol=1e-4, atol=1e-4)
+    for result, name in zip(grads, ["input", *names], strict=True):
+        torch.testing.assert_close(result, expected[f"grad_{name}"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["kernel", "decompose"])
+@each_row_case
+def test_compile_of_sums(case, mode, device):
+    sample = fused(case, None, True, device=device)
+    residual = sample.parameters.pop("residual")
+    function = getattr(F, f"add_{case.op}")
+    kwargs = {**sample.parameters, **sample.fixed, "weight_offset": 1.0}
+    with normops.set_compile_mode(mode):
+        compiled = torch.compile(lambda x, r: function(x, r, **kwargs), fullgraph=True, backend="aot_eager")
+        results = compiled(sample.input, residual)
+    expected = function(sample.input, residual, **kwargs)
+    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_export(device):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = normops.GroupNorm(2, 6, activation="silu", device=device)
+            self.rows = normops.AddLayerNorm(7, device=device)
+
+        def forward(self, x, residual):
+            return self.rows(self.norm(x, residual), residual)
+
+    net, args = Net(), tuple(torch.randn(2, *SHAPE, device=device))
+    program = torch.export.export(net, args)
+    torch.testing.assert_close(program.module()(*args), net(*args))
+    with normops.set_compile_mode("decompose"):
+        program = torch.export.export(net, args)
+    assert not any("normops" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*args), net(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast(device):
+    x, r = torch.randn(2, *SHAPE, device=device, dtype=torch.bfloat16)
+    expected = F.group_norm(x, 2, activation="relu", residual=r), *F.add_rms_norm(x, r, (7,))
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        results = F.group_norm(x, 2, activation="relu", residual=r), *F.add_rms_norm(x, r, (7,))
+    for result, other in zip(results, expected, strict=True):
+        assert result.dtype == other.dtype == torch.bfloat16
+        assert torch.equal(result, other)
+
+
+def test_torchscript():
+    layer = normops.GroupNorm(2, 6, activation="relu")
+    x, r = torch.randn(2, *SHAPE)
+    scripted = torch.jit.script(layer)
+    torch.testing.assert_close(scripted(x, r), layer(x, r))
+    torch.testing.assert_close(scripted(x), layer(x))
+
+
+# modules
+
+
+@each([case for case in MODULES if not case.kwargs])
+def test_modules(case, device):
+    layer = case.make(normops, activation="leaky_relu", negative_slope=SLOPE, device=device)
+    plain = case.make(normops, device=device)
+    x, r = torch.randn(2, *case.shape, device=device)
+    for module in (layer, plain):
+        for parameter in module.parameters():
+            torch.nn.init.ones_(parameter)
+    expected = torch.nn.functional.leaky_relu(plain(x) + r, SLOPE)
+    torch.testing.assert_close(layer(x, r), expected, rtol=1e-4, atol=1e-5)
+    assert repr(layer).endswith(f"activation='leaky_relu', negative_slope={SLOPE})")
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    assert "activation" not in repr(plain)
+    torch.testing.assert_close(copy.deepcopy(layer).eval()(x), layer.eval()(x))
+
+
+def test_modules_that_add(device):
+    x, r = torch.randn(2, *SHAPE, device=device)
+    for name in ("LayerNorm", "RMSNorm"):
+        layer = getattr(normops, f"Add{name}")(7, device=device)
+        plain = getattr(torch.nn, name)(7, device=device)
+        plain.load_state_dict(layer.state_dict())
+        assert isinstance(layer, getattr(torch.nn, name)) and repr(layer).startswith(f"normops.Add{name}(")
+        output, total = layer(x, r)
+        torch.testing.assert_close(output, plain(x + r))
+        assert torch.equal(total, x + r)
+
+
+def test_layer_norm_2d(device):
+    layer = normops.LayerNorm2d(6, activation="gelu", device=device)
+    x, r = torch.randn(2, *SHAPE, device=device)
+    expected = torch.nn.functional.gelu(normops.LayerNorm2d(6, device=device)(x) + r)
+    torch.testing.assert_close(layer(x, r), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unbatched_instance_norm(device):
+    layer = normops.InstanceNorm2d(6, activation="relu", device=device)
+    x, r = torch.randn(2, *SHAPE, device=device)
+    torch.testing.assert_close(layer(x[0], r[0]), layer(x[:1], r[:1])[0])
+
+
+def test_converted_layers_have_no_activation():
+    layer = normops.convert(torch.nn.BatchNorm2d(6))
+    assert layer.activation is None and layer.negative_slope == 0.01
+    x = torch.randn(SHAPE)
+    torch.testing.assert_close(layer(x, x), torch.nn.BatchNorm2d(6)(x) + x)
+
+
+# errors
+
+
+X = torch.randn(SHAPE)
+WRONG = {
+    "activation": ({"activation": "swish"}, ValueError, ["activation", "'relu', 'relu6'", "got 'swish'"]),
+    "activation type": ({"activation": 3}, TypeError, ["activation", "str", "got int"]),
+    "slope": ({"negative_slope": 0.2}, ValueError, ["negative_slope only with activation='leaky_relu'", "got 0.2"]),
+    "slope of another": ({"activation": "relu", "negative_slope": 0.2}, ValueError, ["negative_slope", "with 'relu'"]),
+    "residual shape": ({"residual": X[:1]}, ValueError, ["residual of the shape of input", "[4, 6, 5, 7]", "[1, 6"]),
+    "residual dtype": ({"residual": X.double()}, TypeError, ["residual of the dtype of input (Float)", "got Double"]),
+    "residual device": ({"residual": X.to("meta")}, ValueError, ["residual on the device of input (cpu)", "got meta"]),
+    "residual type": ({"residual": 1.0}, TypeError, ["residual of type Tensor or None", "got float"]),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@few_cases
+def test_errors(case, what):
+    kwargs, error, told = WRONG[what]
+    with pytest.raises(error) as raised:
+        case.sample().run(**kwargs)
+    assert str(raised.value).startswith(case.op)
+    assert all(part in str(raised.value) for part in told), raised.value
+
+
+@pytest.mark.parametrize("what", [what for what in WRONG if "residual" in what])
+@each_row_case
+def test_errors_of_sums(case, what):
+    kwargs, error, told = WRONG[what]
+    with pytest.raises(error) as raised:
+        getattr(F, f"add_{case.op}")(X, kwargs["residual"], case.parameter_shape(SHAPE))
+    assert all(part.replace(" or None", "") in str(raised.value) for part in told), raised.value
+
+
+def test_errors_of_modules():
+    with pytest.raises(ValueError, match="BatchNorm2d: expected activation to be None or one of 'relu', 'relu6'"):
+        normops.BatchNorm2d(6, activation="swish")
+    with pytest.raises(ValueError, match="GroupNorm: expected negative_slope only with activation='leaky_relu'"):
+        normops.GroupNorm(2, 6, negative_slope=0.3)
+
+
+def test_names():
+    """The lists of activations agree: that of the operators, of Python, and of the reference."""
+    assert list(_activations.FUNCTIONS) == list(reference.ACTIVATIONS) == ACTIVATIONS[1:]
+    with pytest.raises(ValueError) as raised:
+        OPS.rms_norm(X, (7,), activation="")
+    assert ", ".join(map(repr, _activations.FUNCTIONS)) in str(raised.value)

@@ -25,16 +25,23 @@ template <int... kItems>
 struct Items {
   static constexpr int kMost = std::max({0, kItems...});
 
-  // The fewest that let a warp hold the row; where none do, the most, and as many warps as that takes.
-  static Shape spread(int64_t vectors) {
+  // The fewest that let a warp hold the row; where none do, the fewest from kMany on that let a block, of at most
+  // `threads(items)` threads; and where not even those do, the most, and more threads than there can be.
+  template <typename F>
+  static Shape spread(int64_t vectors, const F& threads) {
+    constexpr int kMany = 8, kTooMany = 16;
     Shape shape{0, 0};
-    const auto attempt = [&](int items) {
-      int threads = 1;
-      while (threads < kWarp && threads * items < vectors) threads *= 2;
-      shape = {items, threads};
-      return threads * items >= vectors;
+    const auto by_warp = [&](int items) {
+      int team = 1;
+      while (team < kWarp && team * items < vectors) team *= 2;
+      shape = {items, team};
+      return items < kTooMany && team * items >= vectors;
     };
-    if (!(attempt(kItems) || ...)) shape.threads = int(ceil_div(ceil_div(vectors, kMost), kWarp) * kWarp);
+    const auto by_block = [&](int items) {
+      shape = {items, int(std::min<int64_t>(INT32_MAX, ceil_div(ceil_div(vectors, items), kWarp) * kWarp))};
+      return items >= std::min(kMany, kMost) && shape.threads <= threads(items);
+    };
+    (by_warp(kItems) || ...) || (by_block(kItems) || ...);
     return shape;
   }
   template <typename F>
@@ -44,15 +51,16 @@ struct Items {
 };
 
 // What fits in registers: in the forward x; in the backward x, dy, weight and the sums for dweight and dbias, or, with
-// those sums in shared memory, up to twice as much of the others. Element by element less fits, as addresses take room.
+// those sums in shared memory, up to twice as much of the others. Element by element less fits, as each takes a
+// register.
 template <typename T, bool kVectors>
 struct Ladder;
 
 template <typename T>
 struct Ladder<T, true> {
   static constexpr int kSize = kFullVector<T>;
-  using Forward = std::conditional_t<sizeof(T) == 4, Items<2, 4, 8>, Items<2, 4>>;
-  using Backward = std::conditional_t<sizeof(T) == 2, Items<2>, Items<2, 4>>;
+  using Forward = Items<1, 2, 4, 8, 16>;
+  using Backward = std::conditional_t<sizeof(T) == 2, Items<1, 2>, Items<1, 2, 4>>;
   using BackwardShared =
       std::conditional_t<sizeof(T) == 2, Items<4>, std::conditional_t<sizeof(T) == 4, Items<8>, Items<6>>>;
 };
@@ -80,6 +88,11 @@ bool on_boundary(const void* data, int64_t rows, int64_t length, int64_t stride)
          (rows <= 1 || stride % kFullVector<T> == 0);
 }
 
+template <typename L>
+Shape forward_shape(int64_t length) {
+  return L::Forward::spread(ceil_div(length, L::kSize), [](int items) { return forward_threads(L::kSize, items); });
+}
+
 // The type of the parameters as a value: that of the elements, or that of the arithmetic.
 template <typename T, typename F>
 void with_parameter_type(const RowParameters& parameters, const F& f) {
@@ -90,52 +103,68 @@ void with_parameter_type(const RowParameters& parameters, const F& f) {
   }
 }
 
-template <typename T>
-struct BackwardLaunch {
-  void (*kernel)(const RowBackward<T>, int, Acc<T>*) = nullptr;
-  LaunchConfig config{};
-  int threads = 0;
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
 };
+
+// Sums for dweight and, behind them, dbias, as far as they are wanted, of so many blocks.
+template <typename A>
+void column_sums_of_pairs(const A* sums, int64_t blocks, int64_t length, AnyOutput dweight, AnyOutput dbias,
+                          void* stream) {
+  column_sums(sums, sums + (dweight ? length : 0), blocks, (bool(dweight) + bool(dbias)) * length, length, dweight,
+              dbias, stream);
+}
+
+// Of a team: negative for a whole block.
+int team_log2(int threads) {
+  if (threads > kWarp) return -1;
+  int log2 = 0;
+  while (1 << log2 < threads) ++log2;
+  return log2;
+}
 
 // Bytes of the sums for dweight and dbias of a row in shared memory, and of what the kernel needs beside them.
 template <typename T>
 size_t sums_bytes(int64_t length) {
   return 2 * size_t(length) * sizeof(Acc<T>);
 }
-constexpr size_t kReserved = 4 * kWarp * sizeof(double);
 
+// How the backward is launched: by the shape alone, and no device is asked.
 template <typename T>
-BackwardLaunch<T> backward_launch(const Device& device, const RowBackward<T>& a) {
-  constexpr int kThreads = 256;
-  BackwardLaunch<T> result;
-  with_ladder<T>(a.vectors, [&](auto ladder) {
-    using L = decltype(ladder);
-    const int64_t vectors = ceil_div(a.length, L::kSize);
-    const Shape in_registers = L::Backward::spread(vectors);
-    const bool shared = in_registers.threads > kBackwardThreads;
-    const Shape shape = shared ? L::BackwardShared::spread(vectors) : in_registers;
-    const int block = shape.threads <= kWarp ? kThreads : shape.threads;
-    const int slots = block / shape.threads;
-    const size_t bytes = shared ? sums_bytes<T>(a.length) : slots > 1 ? slots * a.length * sizeof(Acc<T>) : 0;
-    with_parameter_type<T>(a.parameters, [&](auto type) {
-      using W = decltype(type);
-      const auto choose = [&](auto items, auto kept) {
-        result.kernel = row_backward_kernel<T, W, L::kSize, items.value, kept.value>;
-      };
-      if (shared) {
-        L::BackwardShared::with(shape.items, [&](auto items) { choose(items, std::true_type{}); });
-      } else {
-        L::Backward::with(shape.items, [&](auto items) { choose(items, std::false_type{}); });
-      }
+struct BackwardShape {
+  Shape shape;
+  bool shared;
+  LaunchConfig config{};
+  int64_t rows_per_block;
+
+  explicit BackwardShape(const RowBackward<T>& a) {
+    with_ladder<T>(a.vectors, [&](auto ladder) {
+      using L = decltype(ladder);
+      const int64_t vectors = ceil_div(a.length, L::kSize);
+      const auto threads = [](int) { return kBackwardThreads; };
+      shape = L::Backward::spread(vectors, threads);
+      shared = shape.threads > kBackwardThreads;
+      if (shared) shape = L::BackwardShared::spread(vectors, threads);
+      const int block = shape.threads <= kWarp ? kTeamsThreads : shape.threads;
+      const int teams = block / shape.threads;
+      const size_t bytes = shared ? sums_bytes<T>(a.length) : teams > 1 ? teams * a.length * sizeof(Acc<T>) : 0;
+      // A turn takes this many rows; what a block adds to the sums is worth several.
+      const int64_t turn = teams * backward_rows(L::kSize, shape.items, shared);
+      rows_per_block = std::clamp<int64_t>(ceil_div(a.rows, kWantedBlocks), kFewestRows, kMostRows);
+      rows_per_block = std::max(rows_per_block, ceil_div(a.rows, kMostBlocks));
+      rows_per_block = ceil_div(rows_per_block, turn) * turn;
+      config = {grid_of(ceil_div(a.rows, rows_per_block)), dim3(unsigned(block)), bytes};
     });
-    allow_shared(result.kernel, bytes);
-    const int64_t most =
-        int64_t(device.multiprocessors) * blocks_per_multiprocessor(device, result.kernel, block, bytes);
-    result.config = {dim3(unsigned(std::min(ceil_div(a.rows, slots), most))), dim3(block), bytes};
-    result.threads = shape.threads;
-  });
-  return result;
-}
+  }
+  int64_t partials(const RowBackward<T>& a) const {
+    return int64_t(config.grid.x) * (bool(a.dweight) + bool(a.dbias)) * a.length;
+  }
+
+ private:
+  static constexpr int kTeamsThreads = 256;
+  static constexpr int64_t kWantedBlocks = 512, kMostBlocks = 1024, kFewestRows = 4, kMostRows = 64;
+};
 
 // Rows as the channel engine sees them: each is the only channel of its sample; and the matrix of rows with the
 // elements of a row as channels.
@@ -223,8 +252,7 @@ struct LongBackward {
                                             coefficients,
                                             sums},
                       stream);
-    column_sums(sums, sums + a.length, positions.cut.chunks, 2 * a.length, a.length, static_cast<A*>(a.dweight),
-                static_cast<A*>(a.dbias), stream);
+    column_sums(sums, sums + a.length, positions.cut.chunks, 2 * a.length, a.length, a.dweight, a.dbias, stream);
   }
 };
 
@@ -246,7 +274,8 @@ bool row_fits(int, const RowForward<T>& a) {
   bool fits = false;
   with_ladder<T>(a.vectors, [&](auto ladder) {
     using L = decltype(ladder);
-    fits = a.length <= int64_t(L::Forward::kMost) * L::kSize * kMostThreads;
+    const Shape shape = forward_shape<L>(a.length);
+    fits = shape.threads <= forward_threads(L::kSize, shape.items);
   });
   return fits;
 }
@@ -259,7 +288,7 @@ bool row_fits(int device, const RowBackward<T>& a) {
     constexpr int64_t kItem = int64_t(L::kSize) * kBackwardThreads;
     fits = a.length <= L::Backward::kMost * kItem ||
            (a.length <= L::BackwardShared::kMost * kItem &&
-            sums_bytes<T>(a.length) + kReserved <= size_t(Device::use(device).shared_bytes));
+            sums_bytes<T>(a.length) + Device::kStaticBytes <= size_t(Device::get(device).shared_bytes));
   });
   return fits;
 }
@@ -281,13 +310,14 @@ void row_forward(int device_index, const RowForward<T>& a, void* memory, void* s
   constexpr int kThreads = 128;
   with_ladder<T>(a.vectors, [&](auto ladder) {
     using L = decltype(ladder);
-    const Shape shape = L::Forward::spread(ceil_div(a.length, L::kSize));
+    const Shape shape = forward_shape<L>(a.length);
     const int block = shape.threads <= kWarp ? kThreads : shape.threads;
-    const LaunchConfig config{dim3(unsigned(ceil_div(a.rows, block / shape.threads))), dim3(block)};
+    const int64_t rows = block / shape.threads * forward_rows(L::kSize, shape.items);
+    const LaunchConfig config{grid_of(ceil_div(a.rows, rows)), dim3(block)};
     with_parameter_type<T>(a.parameters, [&](auto type) {
       L::Forward::with(shape.items, [&](auto items) {
         check(launch(row_forward_kernel<T, decltype(type), L::kSize, items.value>, config,
-                     static_cast<cudaStream_t>(stream), a, shape.threads),
+                     static_cast<cudaStream_t>(stream), a, team_log2(shape.threads)),
               "row_forward");
       });
     });
@@ -295,31 +325,46 @@ void row_forward(int device_index, const RowForward<T>& a, void* memory, void* s
 }
 
 template <typename T>
-size_t row_backward_scratch(int device_index, const RowBackward<T>& a) {
+size_t row_backward_scratch(int device, const RowBackward<T>& a) {
   Scratch scratch;
-  if (!row_fits(device_index, a)) {
+  if (!row_fits(device, a)) {
     LongBackward<T>(a, scratch);
   } else if (a.dweight || a.dbias) {
-    const auto launch = backward_launch<T>(Device::use(device_index), a);
-    scratch.take<Acc<T>>(int64_t(launch.config.grid.x) * 2 * a.length);
+    scratch.take<Acc<T>>(BackwardShape<T>(a).partials(a));
   }
   return scratch.bytes();
 }
 
 template <typename T>
-void row_backward(int device_index, const RowBackward<T>& a, void* memory, void* stream) {
+void row_backward(int device, const RowBackward<T>& a, void* memory, void* stream) {
   using A = Acc<T>;
-  const Device& device = Device::use(device_index);
-  if (!row_fits(device_index, a)) {
+  if (!row_fits(device, a)) {
     Scratch scratch(memory);
     LongBackward<T>(a, scratch).run(a, stream);
     return;
   }
-  const auto [kernel, config, threads] = backward_launch<T>(device, a);
-  A* const sums = a.dweight || a.dbias ? static_cast<A*>(memory) : nullptr;
-  check(launch(kernel, config, static_cast<cudaStream_t>(stream), a, threads, sums), "row_backward");
-  column_sums(sums, sums + a.length, config.grid.x, 2 * a.length, a.length, static_cast<A*>(a.dweight),
-              static_cast<A*>(a.dbias), stream);
+  const BackwardShape<T> launched(a);
+  A* const sums = static_cast<A*>(memory);
+  const auto run = [&](auto kernel) {
+    allow_shared<kernel.value>(Device::get(device), launched.config.shared_bytes);
+    check(launch(kernel.value, launched.config, static_cast<cudaStream_t>(stream), a, team_log2(launched.shape.threads),
+                 launched.rows_per_block, sums),
+          "row_backward");
+  };
+  with_ladder<T>(a.vectors, [&](auto ladder) {
+    using L = decltype(ladder);
+    with_parameter_type<T>(a.parameters, [&](auto type) {
+      const auto with = [&](auto items, auto shared) {
+        run(Constant<row_backward_kernel<T, decltype(type), L::kSize, items.value, shared.value>>{});
+      };
+      if (launched.shared) {
+        L::BackwardShared::with(launched.shape.items, [&](auto items) { with(items, std::true_type{}); });
+      } else {
+        L::Backward::with(launched.shape.items, [&](auto items) { with(items, std::false_type{}); });
+      }
+    });
+  });
+  column_sums_of_pairs(sums, launched.config.grid.x, a.length, a.dweight, a.dbias, stream);
 }
 
 #define NORMOPS_INSTANTIATE(T)                                        \

@@ -41,7 +41,7 @@ struct Items {
       shape = {items, int(std::min<int64_t>(INT32_MAX, ceil_div(ceil_div(vectors, items), kWarp) * kWarp))};
       return items >= std::min(kMany, kMost) && shape.threads <= threads(items);
     };
-    (by_warp(kItems) || ...) || (by_block(kItems) || ...);
+    static_cast<void>((by_warp(kItems) || ...) || (by_block(kItems) || ...));
     return shape;
   }
   template <typename F>

@@ -94,7 +94,7 @@ def figures(instructions):
         # A routine of the compiler that begins by converting the divisor.
         "divisions": sum(operation.startswith(("I2F.U64", "I2F.S64")) for operation in operations),
         "fp64": sum(
-            operation.startswith(double) or operation.startswith(("F2F", "I2F", "F2I")) and "F64" in operation
+            operation.startswith(double) or (operation.startswith(("F2F", "I2F", "F2I")) and "F64" in operation)
             for operation in operations
         ),
     }
@@ -124,7 +124,7 @@ def threads_of(cubin):
 
 
 def read(tool, path):
-    """(mangled kernel, architecture) -> figures, but for ``blocks``; and its threads. ``path``: an object or a cubin."""
+    """Of an object or cubin, by (mangled kernel, architecture): all figures but ``blocks``; the threads of a block."""
     with tempfile.TemporaryDirectory() as folder:
         cubins = [path]
         if path.suffix != ".cubin":

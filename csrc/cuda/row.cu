@@ -58,6 +58,7 @@ struct Ladder;
 
 template <typename T>
 struct Ladder<T, true> {
+  static constexpr bool kClusters = true;
   static constexpr int kSize = kFullVector<T>;
   using Forward = Items<1, 2, 4, 8, 16>;
   using Backward = std::conditional_t<sizeof(T) == 2, Items<1, 2>, Items<1, 2, 4>>;
@@ -66,6 +67,7 @@ struct Ladder<T, true> {
 };
 template <typename T>
 struct Ladder<T, false> {
+  static constexpr bool kClusters = false;
   static constexpr int kSize = 1;
   using Forward = std::conditional_t<sizeof(T) == 8, Items<4, 8>, Items<4, 12>>;
   using Backward = std::conditional_t<sizeof(T) == 8, Items<4>, Items<4, 8>>;
@@ -88,10 +90,41 @@ bool on_boundary(const void* data, int64_t rows, int64_t length, int64_t stride)
          (rows <= 1 || stride % kFullVector<T> == 0);
 }
 
-template <typename L>
-Shape forward_shape(int64_t length) {
-  return L::Forward::spread(ceil_div(length, L::kSize), [](int items) { return forward_threads(L::kSize, items); });
-}
+// Blocks of a cluster that are enough for rows that a block cannot hold, and the elements of each one's part; or 0.
+struct Clusters {
+  int blocks = 0, part = 0, threads = 0;
+
+  Clusters() = default;
+  Clusters(const Device& device, int64_t vectors, int size, int items, int most_threads) {
+    constexpr int kPortable = 8;
+    const int64_t most = int64_t(items) * most_threads;
+    if (!device.clusters || vectors > kPortable * most) return;
+    blocks = 2;
+    while (blocks * most < vectors) blocks *= 2;
+    const int64_t of_block = ceil_div(vectors, blocks);
+    part = int(of_block) * size;
+    threads = int(ceil_div(ceil_div(of_block, items), kWarp) * kWarp);
+  }
+};
+
+struct ForwardShape {
+  Shape shape;
+  Clusters clusters;
+
+  template <typename L>
+  ForwardShape(L, const Device& device, int64_t length) {
+    const auto most = [](int items) { return forward_threads(L::kSize, items); };
+    const int64_t vectors = ceil_div(length, L::kSize);
+    shape = L::Forward::spread(vectors, most);
+    if (L::kClusters && !fits_block<L>()) {
+      clusters = Clusters(device, vectors, L::kSize, shape.items, most(shape.items));
+    }
+  }
+  template <typename L>
+  bool fits_block() const {
+    return shape.threads <= forward_threads(L::kSize, shape.items);
+  }
+};
 
 // The type of the parameters as a value: that of the elements, or that of the arithmetic.
 template <typename T, typename F>
@@ -130,40 +163,57 @@ size_t sums_bytes(int64_t length) {
   return 2 * size_t(length) * sizeof(Acc<T>);
 }
 
-// How the backward is launched: by the shape alone, and no device is asked.
+// How the backward is launched: by the shape, and by whether the device has clusters.
 template <typename T>
 struct BackwardShape {
   Shape shape;
-  bool shared;
+  RowPlace place = RowPlace::kBlock;
+  bool fits = true;
+  int part = 0;
   LaunchConfig config{};
   int64_t rows_per_block;
 
-  explicit BackwardShape(const RowBackward<T>& a) {
+  BackwardShape(const Device& device, const RowBackward<T>& a) {
     with_ladder<T>(a.vectors, [&](auto ladder) {
       using L = decltype(ladder);
       const int64_t vectors = ceil_div(a.length, L::kSize);
       const auto threads = [](int) { return kBackwardThreads; };
       shape = L::Backward::spread(vectors, threads);
-      shared = shape.threads > kBackwardThreads;
-      if (shared) shape = L::BackwardShared::spread(vectors, threads);
-      const int block = shape.threads <= kWarp ? kTeamsThreads : shape.threads;
+      Clusters clusters;
+      size_t bytes = 0;
+      if (shape.threads > kBackwardThreads) {
+        if (L::kClusters) clusters = Clusters(device, vectors, L::kSize, shape.items, kBackwardThreads);
+        if (clusters.blocks > 0) {
+          place = RowPlace::kCluster;
+          part = clusters.part;
+          shape.threads = clusters.threads;
+        } else {
+          place = RowPlace::kBlockAndShared;
+          shape = L::BackwardShared::spread(vectors, threads);
+          bytes = sums_bytes<T>(a.length);
+          fits = L::BackwardShared::kMost > 0 && shape.threads <= kBackwardThreads &&
+                 bytes + Device::kStaticBytes <= size_t(device.shared_bytes);
+          if (!fits) return;
+        }
+      }
+      const int block = shape.threads <= kWarp && part == 0 ? kTeamsThreads : shape.threads;
       const int teams = block / shape.threads;
-      const size_t bytes = shared ? sums_bytes<T>(a.length) : teams > 1 ? teams * a.length * sizeof(Acc<T>) : 0;
+      if (teams > 1) bytes = teams * a.length * sizeof(Acc<T>);
       // A turn takes this many rows; what a block adds to the sums is worth several.
-      const int64_t turn = teams * backward_rows(L::kSize, shape.items, shared);
+      const int64_t turn = teams * backward_rows(L::kSize, shape.items, place);
       rows_per_block = std::clamp<int64_t>(ceil_div(a.rows, kWantedBlocks), kFewestRows, kMostRows);
-      rows_per_block = std::max(rows_per_block, ceil_div(a.rows, kMostBlocks));
+      rows_per_block = std::max(rows_per_block, std::min(ceil_div(a.rows, kMostBlocks), kLongestSum * teams));
       rows_per_block = ceil_div(rows_per_block, turn) * turn;
-      config = {grid_of(ceil_div(a.rows, rows_per_block)), dim3(unsigned(block)), bytes};
+      const unsigned cluster = place == RowPlace::kCluster ? clusters.blocks : 1;
+      config = {grid_of(blocks(a) * cluster), dim3(unsigned(block)), bytes, cluster};
     });
   }
-  int64_t partials(const RowBackward<T>& a) const {
-    return int64_t(config.grid.x) * (bool(a.dweight) + bool(a.dbias)) * a.length;
-  }
+  int64_t blocks(const RowBackward<T>& a) const { return ceil_div(a.rows, rows_per_block); }
+  int64_t partials(const RowBackward<T>& a) const { return blocks(a) * (bool(a.dweight) + bool(a.dbias)) * a.length; }
 
  private:
   static constexpr int kTeamsThreads = 256;
-  static constexpr int64_t kWantedBlocks = 512, kMostBlocks = 1024, kFewestRows = 4, kMostRows = 64;
+  static constexpr int64_t kWantedBlocks = 512, kMostBlocks = 1024, kFewestRows = 4, kMostRows = 64, kLongestSum = 256;
 };
 
 // Rows as the channel engine sees them: each is the only channel of its sample; and the matrix of rows with the
@@ -270,27 +320,19 @@ bool row_takes_vectors(const RowBackward<T>& a) {
 }
 
 template <typename T>
-bool row_fits(int, const RowForward<T>& a) {
+bool row_fits(int device, const RowForward<T>& a) {
   bool fits = false;
   with_ladder<T>(a.vectors, [&](auto ladder) {
     using L = decltype(ladder);
-    const Shape shape = forward_shape<L>(a.length);
-    fits = shape.threads <= forward_threads(L::kSize, shape.items);
+    const ForwardShape launched(ladder, Device::get(device), a.length);
+    fits = launched.fits_block<L>() || launched.clusters.blocks > 0;
   });
   return fits;
 }
 
 template <typename T>
 bool row_fits(int device, const RowBackward<T>& a) {
-  bool fits = false;
-  with_ladder<T>(a.vectors, [&](auto ladder) {
-    using L = decltype(ladder);
-    constexpr int64_t kItem = int64_t(L::kSize) * kBackwardThreads;
-    fits = a.length <= L::Backward::kMost * kItem ||
-           (a.length <= L::BackwardShared::kMost * kItem &&
-            sums_bytes<T>(a.length) + Device::kStaticBytes <= size_t(Device::get(device).shared_bytes));
-  });
-  return fits;
+  return BackwardShape<T>(Device::get(device), a).fits;
 }
 
 template <typename T>
@@ -301,8 +343,8 @@ size_t row_forward_scratch(int device, const RowForward<T>& a) {
 }
 
 template <typename T>
-void row_forward(int device_index, const RowForward<T>& a, void* memory, void* stream) {
-  if (!row_fits(device_index, a)) {
+void row_forward(int device, const RowForward<T>& a, void* memory, void* stream) {
+  if (!row_fits(device, a)) {
     Scratch scratch(memory);
     LongForward<T>(a, scratch).run(a, stream);
     return;
@@ -310,15 +352,24 @@ void row_forward(int device_index, const RowForward<T>& a, void* memory, void* s
   constexpr int kThreads = 128;
   with_ladder<T>(a.vectors, [&](auto ladder) {
     using L = decltype(ladder);
-    const Shape shape = forward_shape<L>(a.length);
-    const int block = shape.threads <= kWarp ? kThreads : shape.threads;
-    const int64_t rows = block / shape.threads * forward_rows(L::kSize, shape.items);
-    const LaunchConfig config{grid_of(ceil_div(a.rows, rows)), dim3(block)};
+    const ForwardShape launched(ladder, Device::get(device), a.length);
     with_parameter_type<T>(a.parameters, [&](auto type) {
+      using W = decltype(type);
+      const auto run = [&](auto kernel, const LaunchConfig& config, int team, int part) {
+        check(launch(kernel, config, static_cast<cudaStream_t>(stream), a, team_log2(team), part), "row_forward");
+      };
+      if constexpr (L::kClusters) {
+        if (const Clusters& c = launched.clusters; c.blocks > 0) {
+          const LaunchConfig config{grid_of(a.rows * c.blocks), dim3(c.threads), 0, unsigned(c.blocks)};
+          return run(row_forward_kernel<T, W, L::kSize, L::Forward::kMost, true>, config, kMostThreads, c.part);
+        }
+      }
+      const Shape shape = launched.shape;
+      const int block = shape.threads <= kWarp ? kThreads : shape.threads;
+      const int64_t rows = block / shape.threads * forward_rows(L::kSize, shape.items);
+      const LaunchConfig config{grid_of(ceil_div(a.rows, rows)), dim3(block)};
       L::Forward::with(shape.items, [&](auto items) {
-        check(launch(row_forward_kernel<T, decltype(type), L::kSize, items.value>, config,
-                     static_cast<cudaStream_t>(stream), a, team_log2(shape.threads)),
-              "row_forward");
+        run(row_forward_kernel<T, W, L::kSize, items.value, false>, config, shape.threads, 0);
       });
     });
   });
@@ -327,10 +378,11 @@ void row_forward(int device_index, const RowForward<T>& a, void* memory, void* s
 template <typename T>
 size_t row_backward_scratch(int device, const RowBackward<T>& a) {
   Scratch scratch;
-  if (!row_fits(device, a)) {
+  const BackwardShape<T> launched(Device::get(device), a);
+  if (!launched.fits) {
     LongBackward<T>(a, scratch);
   } else if (a.dweight || a.dbias) {
-    scratch.take<Acc<T>>(BackwardShape<T>(a).partials(a));
+    scratch.take<Acc<T>>(launched.partials(a));
   }
   return scratch.bytes();
 }
@@ -338,33 +390,43 @@ size_t row_backward_scratch(int device, const RowBackward<T>& a) {
 template <typename T>
 void row_backward(int device, const RowBackward<T>& a, void* memory, void* stream) {
   using A = Acc<T>;
-  if (!row_fits(device, a)) {
+  const BackwardShape<T> launched(Device::get(device), a);
+  if (!launched.fits) {
     Scratch scratch(memory);
     LongBackward<T>(a, scratch).run(a, stream);
     return;
   }
-  const BackwardShape<T> launched(a);
   A* const sums = static_cast<A*>(memory);
   const auto run = [&](auto kernel) {
     allow_shared<kernel.value>(Device::get(device), launched.config.shared_bytes);
-    check(launch(kernel.value, launched.config, static_cast<cudaStream_t>(stream), a, team_log2(launched.shape.threads),
+    const int team = launched.place == RowPlace::kCluster ? kMostThreads : launched.shape.threads;
+    check(launch(kernel.value, launched.config, static_cast<cudaStream_t>(stream), a, team_log2(team), launched.part,
                  launched.rows_per_block, sums),
           "row_backward");
   };
   with_ladder<T>(a.vectors, [&](auto ladder) {
     using L = decltype(ladder);
     with_parameter_type<T>(a.parameters, [&](auto type) {
-      const auto with = [&](auto items, auto shared) {
-        run(Constant<row_backward_kernel<T, decltype(type), L::kSize, items.value, shared.value>>{});
-      };
-      if (launched.shared) {
-        L::BackwardShared::with(launched.shape.items, [&](auto items) { with(items, std::true_type{}); });
-      } else {
-        L::Backward::with(launched.shape.items, [&](auto items) { with(items, std::false_type{}); });
+      using W = decltype(type);
+      switch (launched.place) {
+        case RowPlace::kCluster:
+          if constexpr (L::kClusters) {
+            run(Constant<row_backward_kernel<T, W, L::kSize, L::Backward::kMost, RowPlace::kCluster>>{});
+          }
+          break;
+        case RowPlace::kBlockAndShared:
+          L::BackwardShared::with(launched.shape.items, [&](auto items) {
+            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlockAndShared>>{});
+          });
+          break;
+        case RowPlace::kBlock:
+          L::Backward::with(launched.shape.items, [&](auto items) {
+            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlock>>{});
+          });
       }
     });
   });
-  column_sums_of_pairs(sums, launched.config.grid.x, a.length, a.dweight, a.dbias, stream);
+  column_sums_of_pairs(sums, launched.blocks(a), a.length, a.dweight, a.dbias, stream);
 }
 
 #define NORMOPS_INSTANTIATE(T)                                        \

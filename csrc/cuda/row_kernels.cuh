@@ -2,9 +2,10 @@
 
 // Row engine (LayerNorm, RMSNorm): a row lives in the registers of its threads from the only time it is read.
 //
-// A row is shared by a team of threads: a power of two up to a warp, with several teams to a block, or whole warps, the
-// block. Thread t holds the vectors t, t + threads, t + 2 * threads, ... Where a row gives its threads few vectors to
-// read, a team takes several rows at a time.
+// A row is shared by a team of threads: a power of two up to a warp, with several teams to a block; or whole warps, the
+// block; or the blocks of a cluster, each of which has a part of the row. Thread t of a block holds the vectors t,
+// t + threads, t + 2 * threads, ... Where a row gives its threads few vectors to read, a team takes several rows at a
+// time.
 
 #include "any_array.cuh"
 #include "reduce.cuh"
@@ -12,6 +13,7 @@
 
 namespace normops::cuda {
 
+// The threads of a block that share a row: 2 to the power of threads_log2, or all if that is negative.
 struct Team {
   int threads, thread, number, count;  // the team's threads, this one; the block's teams, this one
 
@@ -21,7 +23,7 @@ struct Team {
         number(threads_log2 < 0 ? 0 : threadIdx.x >> threads_log2),
         count(threads_log2 < 0 ? 1 : blockDim.x >> threads_log2) {}
 
-  // f(item, element) for the vectors of the thread in a row of `length`.
+  // f(item, element) for the vectors of the thread in (its block's part of) a row of `length`.
   template <int kSize, int kItems, typename F>
   __device__ __forceinline__ void each_vector(int length, F f) const {
     int j = thread * kSize;
@@ -31,6 +33,42 @@ struct Team {
     }
   }
 };
+
+// A block's part of its rows: all of it, or in a cluster every block's share.
+template <bool kCluster>
+struct Part {
+  int64_t block;  // number of the block, or of the cluster
+  int begin, length;
+
+  __device__ __forceinline__ Part(int64_t row_length, int most) : block(blockIdx.x), begin(0), length(int(row_length)) {
+    if constexpr (kCluster) {
+      block = blockIdx.x / cluster_size();
+      begin = int(cluster_rank()) * most;
+      length = min(most, max(0, int(row_length) - begin));
+    }
+  }
+};
+
+// The sums over all that share a row. In a cluster the blocks' sums are exchanged, and `told` may be written again only
+// after another of these with other memory.
+template <bool kCluster, int kTerms, typename A>
+__device__ __forceinline__ void sum_row(A (&terms)[kTerms], const Team& team, A* shared, A* told) {
+  sum_threads(terms, team.threads, shared);
+  if constexpr (kCluster) {
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int k = 0; k < kTerms; ++k) told[k] = terms[k];
+    }
+    cluster_sync();
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) terms[k] = 0;
+    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
+      const A* const theirs = map_shared(told, rank);
+#pragma unroll
+      for (int k = 0; k < kTerms; ++k) terms[k] += theirs[k];
+    }
+  }
+}
 
 template <typename T, int kSize, int kItems>
 struct RowVectors {
@@ -55,14 +93,17 @@ __device__ __forceinline__ Acc<T> sum_of(const Vector<T, kSize>& v) {
 }
 
 // Mean as the nearest A and the rest, and the variance, of the elements of kRows rows that a team's threads hold.
-template <typename T, int kSize, int kItems, int kRows>
-__device__ __forceinline__ void row_moments(const RowVectors<T, kSize, kItems> (&x)[kRows], const Team& team,
-                                            int length, bool centered, Acc<T> (&center)[kRows], Acc<T> (&low)[kRows],
-                                            Acc<T> (&var)[kRows]) {
+template <bool kCluster, typename T, int kSize, int kItems, int kRows>
+__device__ __forceinline__ void row_moments(std::bool_constant<kCluster>,
+                                            const RowVectors<T, kSize, kItems> (&x)[kRows], const Team& team,
+                                            int64_t row_length, int length, bool centered, Acc<T> (&center)[kRows],
+                                            Acc<T> (&low)[kRows], Acc<T> (&var)[kRows]) {
   using A = Acc<T>;
+  NORMOPS_SHARED(A, told_sums, kRows);
+  NORMOPS_SHARED(A, told_squares, 2 * kRows);
   NORMOPS_SHARED(A, partial_sums, kRows * kWarp);
   NORMOPS_SHARED(A, partial_squares, 2 * kRows * kWarp);
-  const A inverse = reciprocal(A(length));
+  const A inverse = reciprocal(A(row_length));
 #pragma unroll
   for (int r = 0; r < kRows; ++r) center[r] = 0;
   if (centered) {
@@ -71,7 +112,7 @@ __device__ __forceinline__ void row_moments(const RowVectors<T, kSize, kItems> (
 #pragma unroll
       for (int i = 0; i < kItems; ++i) center[r] += sum_of(x[r].items[i]);
     }
-    sum_threads(center, team.threads, partial_sums);
+    sum_row<kCluster>(center, team, partial_sums, told_sums);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) center[r] *= inverse;
   }
@@ -91,11 +132,32 @@ __device__ __forceinline__ void row_moments(const RowVectors<T, kSize, kItems> (
       sums[2 * r + 1] += second;
     }
   });
-  sum_threads(sums, team.threads, partial_squares);
+  sum_row<kCluster>(sums, team, partial_squares, told_squares);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     low[r] = centered ? sums[2 * r] * inverse : A(0);
     var[r] = sums[2 * r + 1] * inverse - low[r] * low[r];
+  }
+}
+
+template <typename W>
+__device__ __forceinline__ const W* at(const W* array, int begin) {
+  return array ? array + begin : nullptr;
+}
+
+// Vectors of a parameter from `first` on, `step` apart, as far as they lie below `length`; or, without it, constants.
+template <typename W, int kSize, int kItems>
+__device__ __forceinline__ void load_or(const W* array, Acc<W> absent, int first, int step, int length,
+                                        Vector<W, kSize> (&vectors)[kItems]) {
+  Acc<W> constants[kSize];
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) constants[k] = absent;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) vectors[i] = Vector<W, kSize>::of(constants);
+  if (array == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (first + i * step < length) vectors[i] = Vector<W, kSize>::load(array + first + i * step);
   }
 }
 
@@ -105,54 +167,44 @@ NORMOPS_HOST_DEVICE constexpr int forward_threads(int size, int items) {
   return size == 1 ? kMostThreads : items < 8 ? 256 : 512;
 }
 
-template <typename T, typename W, int kSize, int kItems>
+// `most`: elements of a part, in clusters.
+template <typename T, typename W, int kSize, int kItems, bool kCluster>
 __global__ void __launch_bounds__(forward_threads(kSize, kItems), 1)
-    row_forward_kernel(const RowForward<T> a, int threads_log2) {
+    row_forward_kernel(const RowForward<T> a, int threads_log2, int most) {
   using A = Acc<T>;
   constexpr int kRows = forward_rows(kSize, kItems);
   const Team team(threads_log2);
-  const int length = int(a.length);
-  const int64_t first = (int64_t(blockIdx.x) * team.count + team.number) * kRows;
+  const Part<kCluster> part(a.length, most);
+  const int length = part.length;
+  const int64_t first = (part.block * team.count + team.number) * kRows;
   const int rows = int(min(int64_t(kRows), a.rows - first));  // may be none
 
   RowVectors<T, kSize, kItems> x[kRows];
-  const T* from = a.x.data + first * a.x.stride;
+  const T* from = a.x.data + first * a.x.stride + part.begin;
 #pragma unroll
   for (int r = 0; r < kRows; ++r, from += a.x.stride) x[r].load(from, team, r < rows ? length : 0);
   A center[kRows], low[kRows], scale[kRows], shift[kRows];
-  row_moments(x, team, length, a.centered, center, low, scale);
+  row_moments(std::bool_constant<kCluster>(), x, team, a.length, length, a.centered, center, low, scale);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     scale[r] = reciprocal_std(scale[r], A(a.eps));
     shift[r] = -low[r] * scale[r];
-    if (team.thread == 0 && r < rows) {
+    if (team.thread == 0 && part.begin == 0 && r < rows) {
       a.mean[first + r] = double(center[r]) + low[r];
       a.rstd[first + r] = scale[r];
     }
   }
 
-  const W* const weight = static_cast<const W*>(a.parameters.weight);
-  const W* const bias = static_cast<const W*>(a.parameters.bias);
-  T* const y = a.y + first * length;
+  const W* const weight = at(static_cast<const W*>(a.parameters.weight), part.begin);
+  const W* const bias = at(static_cast<const W*>(a.parameters.bias), part.begin);
+  T* const y = a.y + first * a.length + part.begin;
   constexpr int kTogether = kItems < 4 ? kItems : kItems < 8 ? 4 : kItems == 8 ? 2 : 1;
 #pragma unroll
   for (int i = 0; i < kItems; i += kTogether) {
     Vector<W, kSize> w[kTogether], b[kTogether];
     int j = (team.thread + i * team.threads) * kSize;
-    if (weight) {
-#pragma unroll
-      for (int n = 0; n < kTogether; ++n) {
-        const int at = j + n * team.threads * kSize;
-        w[n] = Vector<W, kSize>::load_if(at < length, weight + at);
-      }
-    }
-    if (bias) {
-#pragma unroll
-      for (int n = 0; n < kTogether; ++n) {
-        const int at = j + n * team.threads * kSize;
-        b[n] = Vector<W, kSize>::load_if(at < length, bias + at);
-      }
-    }
+    load_or(weight, Acc<W>(1), j, team.threads * kSize, length, w);
+    load_or(bias, Acc<W>(0), j, team.threads * kSize, length, b);
 #pragma unroll
     for (int n = 0; n < kTogether; ++n, j += team.threads * kSize) {
       if (j >= length) continue;
@@ -161,19 +213,14 @@ __global__ void __launch_bounds__(forward_threads(kSize, kItems), 1)
         if (r >= rows) continue;
         A v[kSize];
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) v[k] = (x[r].items[i + n][k] - center[r]) * scale[r] + shift[r];
-        if (weight) {
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) v[k] *= w[n][k];
+        for (int k = 0; k < kSize; ++k) {
+          v[k] = ((x[r].items[i + n][k] - center[r]) * scale[r] + shift[r]) * w[n][k] + b[n][k];
         }
-        if (bias) {
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) v[k] += b[n][k];
-        }
-        store_rounded<kSize>(y + (int64_t(r) * length + j), v);
+        store_rounded<kSize>(y + (r * a.length + j), v);
       }
     }
   }
+  if constexpr (kCluster) cluster_sync();  // the last of the others may still read what this block has told
 }
 
 // xhat = (x - center) * rstd + low, and with g = dy * weight: dx = rstd * g + slope * (x - center) + shift
@@ -270,24 +317,31 @@ struct ParameterSums<A, kSize, kItems, true> {
   }
 };
 
+// A row on the chip: the threads of a block, with sums for dweight and dbias in registers or in shared memory; or those
+// of a cluster, with sums in registers.
+enum class RowPlace { kBlock, kBlockAndShared, kCluster };
+
 constexpr int kBackwardThreads = 512;
-NORMOPS_HOST_DEVICE constexpr int backward_rows(int size, int items, bool shared) {
-  return size > 1 && items < 4 && !shared ? 4 / items : 1;
+NORMOPS_HOST_DEVICE constexpr int backward_rows(int size, int items, RowPlace place) {
+  return size > 1 && items < 4 && place != RowPlace::kBlockAndShared ? 4 / items : 1;
 }
 
 // dx and, in `partial`, what the block's rows add to dweight and, behind it, dbias, as far as they are wanted. A block
 // has `rows_per_block` rows, whatever the device, so the sums are the same on all.
-template <typename T, typename W, int kSize, int kItems, bool kShared>
+template <typename T, typename W, int kSize, int kItems, RowPlace kPlace>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
-    row_backward_kernel(const RowBackward<T> a, int threads_log2, int64_t rows_per_block, Acc<T>* partial) {
+    row_backward_kernel(const RowBackward<T> a, int threads_log2, int most, int64_t rows_per_block, Acc<T>* partial) {
   using A = Acc<T>;
-  constexpr int kRows = backward_rows(kSize, kItems, kShared);
+  constexpr bool kShared = kPlace == RowPlace::kBlockAndShared, kCluster = kPlace == RowPlace::kCluster;
+  constexpr int kRows = backward_rows(kSize, kItems, kPlace);
   NORMOPS_SHARED(A, partial_sums, 2 * 2 * kRows * kWarp);
+  NORMOPS_SHARED(A, told_sums, 2 * 2 * kRows);
   NORMOPS_DYNAMIC_SHARED(A, scratch);
   const Team team(threads_log2);
-  const int length = int(a.length);
-  const A inverse = reciprocal(A(length));
-  const W* const weight = static_cast<const W*>(a.parameters.weight);
+  const Part<kCluster> part(a.length, most);
+  const int length = part.length;
+  const A inverse = reciprocal(A(a.length));
+  const W* const weight = at(static_cast<const W*>(a.parameters.weight), part.begin);
   const bool want_dweight = bool(a.dweight), want_dbias = bool(a.dbias);
 
   // Where the sums are in shared memory, registers are too few to hold the weight too.
@@ -306,13 +360,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   ParameterSums<A, kSize, kItems, kShared> sums(scratch, team, length);
 
   int parity = 0;
-  const int64_t begin = blockIdx.x * rows_per_block, end = min(begin + rows_per_block, a.rows);
+  const int64_t begin = part.block * rows_per_block, end = min(begin + rows_per_block, a.rows);
   for (int64_t of_block = begin; of_block < end; of_block += team.count * kRows) {
     const int64_t first = of_block + team.number * kRows;
     const int rows = int(min(int64_t(kRows), end - first));  // may be none
     RowVectors<T, kSize, kItems> dy[kRows], x[kRows];
-    const T* from_dy = a.dy.data + first * a.dy.stride;
-    const T* from_x = a.x.data + first * a.x.stride;
+    const T* from_dy = a.dy.data + first * a.dy.stride + part.begin;
+    const T* from_x = a.x.data + first * a.x.stride + part.begin;
 #pragma unroll
     for (int r = 0; r < kRows; ++r, from_dy += a.dy.stride, from_x += a.x.stride) {
       dy[r].load(from_dy, team, r < rows ? length : 0);
@@ -349,8 +403,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     });
     if (a.dx == nullptr) continue;
     // The sums of one turn are read while those of the next are written.
-    sum_threads(g_sums, team.threads, partial_sums + (parity ^= 1) * 2 * kRows * kWarp);
-    T* const dx = a.dx + first * length;
+    parity ^= 1;
+    sum_row<kCluster>(g_sums, team, partial_sums + parity * 2 * kRows * kWarp, told_sums + parity * 2 * kRows);
+    T* const dx = a.dx + first * a.length + part.begin;
     A slope[kRows], shift[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -368,14 +423,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         for (int k = 0; k < kSize; ++k) {
           result[k] = g[k] * c[r].rstd + ((x[r].items[i][k] - c[r].center) * slope[r] + shift[r]);
         }
-        store_rounded<kSize>(dx + (int64_t(r) * length + j), result);
+        store_rounded<kSize>(dx + (r * a.length + j), result);
       }
     });
   }
+  if constexpr (kCluster) cluster_sync();  // the last of the others may still read what this block has told
   if (!want_dweight && !want_dbias) return;
 
-  A* const block = partial + int64_t(blockIdx.x) * (want_dweight + want_dbias) * length;
-  A* const block_bias = block + (want_dweight ? length : 0);
+  A* const block = partial + part.block * (want_dweight + want_dbias) * a.length + part.begin;
+  A* const block_bias = block + (want_dweight ? a.length : 0);
   const auto get = [&](bool of_bias, int i, int j, A(&values)[kSize]) {
     of_bias ? sums.get_bias(i, j, values) : sums.get_weight(i, j, values);
   };

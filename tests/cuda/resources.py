@@ -29,6 +29,8 @@ def short(name):
     """``void normops::cuda::f<float, (normops::Layout)0, 4>(...)`` without what all have in common."""
     name = re.sub(r"^void |normops::cuda::|c10::", "", name).replace("(normops::Layout)0", "contiguous")
     name = re.sub(r"\(normops::Layout\)1", "channels_last", name)
+    for number, place in enumerate(("block", "shared", "cluster")):
+        name = name.replace(f"(RowPlace){number}", place)
     return re.sub(r"\([^()]*(?:\([^()]*\)[^()]*)*\)$", "", name).replace(", ", ",")
 
 

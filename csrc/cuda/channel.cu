@@ -152,13 +152,24 @@ void channel_moments(const Plan& plan, ChannelTensor<const T> x, ChunkMoments* p
   });
 }
 
+// f(whether there are), a constant. Only lines have parameters for their positions.
+template <Layout kLayout, typename F>
+void with_positions(bool given, const F& f) {
+  if constexpr (kLayout == Layout::kContiguous) {
+    if (given) return f(std::true_type{});
+  }
+  f(std::false_type{});
+}
+
 template <typename T, typename A>
 void channel_grad_sums(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, const double* mean,
                        const A* position_weight, ChunkGradients* partials, void* stream) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(launch(grad_sums_kernel<T, layout.value, size.value>, walk_config(plan), as_stream(stream), plan, dy, x, mean,
-                 position_weight, partials),
-          "grad_sums");
+    with_positions<layout.value>(position_weight, [&](auto weighted) {
+      check(launch(grad_sums_kernel<T, layout.value, size.value, weighted.value>, walk_config(plan), as_stream(stream),
+                   plan, dy, x, mean, position_weight, partials),
+            "grad_sums");
+    });
   });
 }
 
@@ -183,9 +194,11 @@ template <typename T, typename A>
 void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const Coefficients<A>& coefficients,
                    const A* position_weight, const A* position_bias, void* stream) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(launch(apply_kernel<T, layout.value, size.value>, walk_config(plan), as_stream(stream), plan, x, y,
-                 coefficients, position_weight, position_bias),
-          "apply");
+    with_positions<layout.value>(position_weight || position_bias, [&](auto given) {
+      check(launch(apply_kernel<T, layout.value, size.value, given.value>, walk_config(plan), as_stream(stream), plan,
+                   x, y, coefficients, position_weight, position_bias),
+            "apply");
+    });
   });
 }
 

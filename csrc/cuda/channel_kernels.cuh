@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
               });
 }
 
-template <typename T, Layout kLayout, int kSize>
+// kWeighted: with a factor of dy at each position.
+template <typename T, Layout kLayout, int kSize, bool kWeighted>
 __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
     grad_sums_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
                      const double* mean, const Acc<T>* position_weight, ChunkGradients* partials) {
@@ -119,12 +120,13 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // zeros where there is nothing
-      A weight[kSize];
-      const bool weighted = kLayout == Layout::kContiguous && position_weight && places[i].there;
-      if (weighted) load_values(position_weight + walk.position(places[i]), weight);
+      Vector<A, kSize> weight;
+      if constexpr (kWeighted) {
+        weight = Vector<A, kSize>::load_if(places[i].there, position_weight + walk.position(places[i]));
+      }
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        const A grad = weighted ? grads.vectors[i][k] * weight[k] : grads.vectors[i][k];
+        const A grad = kWeighted ? grads.vectors[i][k] * weight[k] : grads.vectors[i][k];
         sums[k % kColumns] += grad;
         sums[kColumns + k % kColumns] += grad * (values.vectors[i][k] - center[k % kColumns]);
       }
@@ -135,8 +137,11 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
   });
 }
 
-template <typename T, Layout kLayout, int kSize>
-__global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 4 : 1)
+// kPositions: with a weight or a bias for each position.
+template <typename T, Layout kLayout, int kSize, bool kPositions>
+__global__ void __launch_bounds__(kWalkThreads, kSize == 1   ? 1
+                                                : kPositions ? 2
+                                                             : 3)
     apply_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
                  const Coefficients<Acc<T>> coefficients, const Acc<T>* position_weight, const Acc<T>* position_bias) {
   using A = Acc<T>;
@@ -163,13 +168,13 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 4 : 1)
       for (int k = 0; k < kSize; ++k) {
         result[k] = (values.vectors[i][k] - center[k % kColumns]) * scale[k % kColumns] + shift[k % kColumns];
       }
-      if (kLayout == Layout::kContiguous && position_weight && places[i].there) {
+      if (kPositions && position_weight && places[i].there) {
         A weight[kSize];
         load_values(position_weight + walk.position(places[i]), weight);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) result[k] *= weight[k];
       }
-      if (kLayout == Layout::kContiguous && position_bias && places[i].there) {
+      if (kPositions && position_bias && places[i].there) {
         A bias[kSize];
         load_values(position_bias + walk.position(places[i]), bias);
 #pragma unroll

@@ -48,6 +48,7 @@ struct MergeBlock {
     const P* from = partials + (row * plan.cut.chunks + y) * plan.columns + first + column;
     const int64_t step = int64_t(depth) * plan.columns;
     uint32_t k = y;
+#pragma unroll 1
     for (; k + (kBatch - 1) * depth < chunks; k += kBatch * depth) {
       P batch[kBatch];
 #pragma unroll
@@ -55,6 +56,7 @@ struct MergeBlock {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) f(batch[i], k + i * depth);
     }
+#pragma unroll 1
     for (; k < chunks; k += depth, from += step) f(*from, k);
   }
 
@@ -240,6 +242,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     const S* at = from + y * stride + column;
     const int64_t step = depth * stride;
     int64_t row = y;
+#pragma unroll 1  // unrolling takes a division
     for (; row + (2 * kBatch - 1) * depth < rows; row += 2 * kBatch * depth) {
       S values[2 * kBatch];
 #pragma unroll
@@ -249,6 +252,7 @@ __global__ void __launch_bounds__(kMergeThreads)
         total += double((values[i] + values[i + 1]) + (values[i + 2] + values[i + 3]));
       }
     }
+#pragma unroll 1
     for (; row < rows; row += depth, at += step) total += double(*at);
   }
   totals[threadIdx.x] = total;

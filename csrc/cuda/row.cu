@@ -62,8 +62,7 @@ struct Ladder<T, true> {
   static constexpr int kSize = kFullVector<T>;
   using Forward = Items<1, 2, 4, 8, 16>;
   using Backward = std::conditional_t<sizeof(T) == 2, Items<1, 2>, Items<1, 2, 4>>;
-  using BackwardShared =
-      std::conditional_t<sizeof(T) == 2, Items<4>, std::conditional_t<sizeof(T) == 4, Items<8>, Items<6>>>;
+  using BackwardShared = std::conditional_t<sizeof(T) == 2, Items<4>, Items<6>>;
 };
 template <typename T>
 struct Ladder<T, false> {

@@ -103,7 +103,7 @@ __device__ __forceinline__ void row_moments(std::bool_constant<kCluster>,
   NORMOPS_SHARED(A, told_squares, 2 * kRows);
   NORMOPS_SHARED(A, partial_sums, kRows * kWarp);
   NORMOPS_SHARED(A, partial_squares, 2 * kRows * kWarp);
-  const A inverse = reciprocal(A(row_length));
+  const A inverse = reciprocal(A(int(row_length)));
 #pragma unroll
   for (int r = 0; r < kRows; ++r) center[r] = 0;
   if (centered) {
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const Team team(threads_log2);
   const Part<kCluster> part(a.length, most);
   const int length = part.length;
-  const A inverse = reciprocal(A(a.length));
+  const A inverse = reciprocal(A(int(a.length)));
   const W* const weight = at(static_cast<const W*>(a.parameters.weight), part.begin);
   const bool want_dweight = bool(a.dweight), want_dbias = bool(a.dbias);
 

@@ -172,7 +172,7 @@ __device__ __forceinline__ bool sum_lines(A (&terms)[2], uint32_t along, uint32_
 // Dynamic shared memory, where there are several channels: the sums of every line in every unit, and the scale of every
 // channel.
 template <typename T, int kSize, int kItems>
-__global__ void __launch_bounds__(kSlabThreads, kItems <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 2 : 1)
     slab_backward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> dy,
                          const ChannelTensor<const T> x, const ChannelTensor<T> dx, const BackwardMerge<Acc<T>> a) {
   using A = Acc<T>;

@@ -14,8 +14,8 @@ from pathlib import Path
 
 # blocks: of those threads that the kernel is compiled for, what a multiprocessor holds (65,536 registers; its shared
 # memory is not counted).
-# flight: global loads that are under way at once, at most. waits: how often a thread waits for any, given that they
-# arrive in order. wide, narrow: global loads and stores of 16 bytes, and of less.
+# flight: global loads that are under way at once, at most. waits: how often a thread waits for one, given that all that
+# were under way arrive with it. wide, narrow: global loads and stores of 16 bytes, and of less.
 # instructions: all of them. divisions: of 64-bit integers. fp64: double arithmetic, and conversions from and to it.
 FIELDS = ["blocks", "flight", "waits", "wide", "narrow", "instructions", "divisions", "fp64"]
 
@@ -71,7 +71,7 @@ def loads(instructions):
         written = {first + i for first in _registers(target, False) for i in range(_width(operation))}
         needed = [issued for issued, registers in under_way if registers & (read | written)]
         if needed and needed[-1] > arrived:
-            waits, arrived = waits + 1, needed[-1]
+            waits, arrived = waits + 1, number
         under_way = [(issued, registers) for issued, registers in under_way if issued not in needed]
         if operation.startswith("LDG") and written:
             under_way.append((number, written))
@@ -92,7 +92,7 @@ def figures(instructions):
         "narrow": len(memory) - wide,
         "instructions": len(operations),
         # A routine of the compiler that begins by converting the divisor.
-        "divisions": sum(operation.startswith(("I2F.U64", "I2F.S64")) for operation in operations),
+        "divisions": sum(operation.startswith("I2F.U64.RP") for operation in operations),
         "fp64": sum(
             operation.startswith(double) or (operation.startswith(("F2F", "I2F", "F2I")) and "F64" in operation)
             for operation in operations

@@ -1,7 +1,8 @@
 """``python -m bench.gpu``: the layers on an NVIDIA card, beside torch and the libraries that are installed.
 
-Each pass is timed by CUDA events with a cold second-level cache, and its host time by a clock. Results are written
-after every case, so that a run that is cut short leaves what it had.
+Each pass is captured in a CUDA graph, so that gaps between kernels, which the host makes, are not charged to them, and
+replayed between CUDA events with a second-level cache full of something else; its host time is taken by a clock.
+Results are written after every case, so that a run that is cut short leaves what it had.
 """
 
 import argparse
@@ -31,14 +32,18 @@ ROWS = [(1 << 25) // length for length in (128, 256, 1024, 4096, 8192, 16384)]
 def cases():
     """The most telling first."""
     wide = [(rows, (1 << 25) // rows) for rows in ROWS]
-    images = [(32, 64, 56, 56), (32, 512, 7, 7), (32, 256, 14, 14), (64, 128, 28, 28)]
-    groups = [(8, 256, 64, 64), (2, 1280, 16, 16), (2, 320, 64, 64)]
-    rows = [*wide, (32, 1024), (256, 4096), (64, 1000000), (4096, 1000)]
-    for dtype in ("bfloat16", "float32"):
-        for layer in ("rms_norm", "layer_norm"):
+    images = [(32, 64, 56, 56), (64, 64, 112, 112), (32, 512, 7, 7), (32, 256, 14, 14), (64, 128, 28, 28)]
+    groups = [(8, 256, 64, 64), (2, 1280, 16, 16), (2, 320, 64, 64), (16, 320, 64, 64)]
+    transformers = [(16384, 768), (8192, 5120), (512, 65536)]
+    few = [(1, 4096), (16, 8192), (32, 1024), (256, 4096)]
+    rows = [*wide, *transformers, *few, (64, 1000000), (4096, 1000)]
+    for dtype in ("bfloat16", "float32", "float16"):
+        for layer in ("rms_norm", "layer_norm") if dtype != "float16" else ():
             yield from (Case(layer, shape, dtype, "contiguous", "cuda") for shape in rows)
-        for layout in ("contiguous", "channels_last"):
+        for layout in ("contiguous", "channels_last"):  # of which torch sends float32 and float16 to cuDNN
             yield from (Case("batch_norm", shape, dtype, layout, "cuda") for shape in images)
+            if dtype == "float16":
+                continue
             yield from (Case("group_norm", shape, dtype, layout, "cuda") for shape in groups)
             yield Case("instance_norm", (8, 64, 128, 128), dtype, layout, "cuda")
             yield Case("batch_norm_eval", (32, 64, 56, 56), dtype, layout, "cuda")
@@ -71,24 +76,38 @@ def rivals(case, layer):
 
 class Stopwatch:
     def __init__(self):
-        self.flush = torch.empty(
-            2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda"
-        )
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        self.flush = torch.zeros(2 * cache // 4, dtype=torch.int32, device="cuda")
+        self.stream = torch.cuda.Stream()
+
+    def replay(self, call):
+        """What replays a graph of ``call``, and whether there is one: some rivals cannot be captured."""
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                call()
+        except Exception:
+            torch.cuda.synchronize()
+            return call, False
+        return graph.replay, True
 
     def device_seconds(self, call):
-        """The median over calls that each find the cache full of something else."""
-        for _ in range(3):
-            call()
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPETITIONS)
-        ]
-        for start, end in events:
-            self.flush.zero_()
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        """The median over calls that each find the cache full of something else; and whether a graph was replayed."""
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
+            call, captured = self.replay(call)
+            events = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPETITIONS)
+            ]
+            for start, end in events:
+                self.flush.amax()  # read, so that nothing is left to be written back meanwhile
+                start.record()
+                call()
+                end.record()
+            torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3, captured
 
     def host_seconds(self, call):
         """What a call takes until it returns, the card's queue never being full."""
@@ -104,7 +123,7 @@ class Stopwatch:
 def copy_bandwidth(stopwatch):
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / stopwatch.device_seconds(lambda: target.copy_(source))
+    return 2 * source.numel() / stopwatch.device_seconds(lambda: target.copy_(source))[0]
 
 
 def rms_backend():
@@ -124,15 +143,17 @@ def measure(case, stopwatch, bandwidth):
     result = {"case": case.name, "megabytes": x.numel() * x.element_size() / 1e6, "implementations": {}}
     for name, module in implementations.items():
         try:
-            passes = Passes(module, x, dy)
+            with torch.cuda.stream(stopwatch.stream):  # a backward pass runs on the stream of the forward
+                passes = Passes(module, x, dy)
             row = {}
             for what, call, traffic in zip(
                 ("forward", "backward"), (passes.forward, passes.backward), TRAFFIC, strict=True
             ):
-                seconds = stopwatch.device_seconds(call)
+                seconds, captured = stopwatch.device_seconds(call)
                 rate = traffic * x.numel() * x.element_size() / seconds
                 row[what] = {
                     "us": 1e6 * seconds,
+                    "graph": captured,
                     "host_us": 1e6 * stopwatch.host_seconds(call),
                     "gb_s": rate / 1e9,
                     "share_of_copy": rate / bandwidth,
@@ -178,14 +199,38 @@ def means(results):
     return lines
 
 
+def run_hottest():
+    """Both passes of what takes the most time in models, with every kind of kernel among them."""
+    shapes = {
+        ("layer_norm", "contiguous"): [(8192, 4096), (16384, 768), (2048, 16384)],
+        ("rms_norm", "contiguous"): [(8192, 4096)],
+        ("batch_norm", "contiguous"): [(64, 64, 112, 112), (32, 64, 56, 56)],
+        ("batch_norm", "channels_last"): [(64, 64, 112, 112)],
+        ("group_norm", "contiguous"): [(8, 256, 64, 64)],
+    }
+    for (layer, layout), of_layer in shapes.items():
+        for shape in of_layer:
+            case = Case(layer, shape, "bfloat16", layout, "cuda")
+            passes = Passes(normops.convert(case.make_layer()), *case.make_data())
+            passes.forward()
+            passes.backward()
+    torch.cuda.synchronize()
+    return 0
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("bench/results/latest-gpu"))
     parser.add_argument("--seconds", type=float, default=240, help="begin no case after this long (default: 240)")
+    parser.add_argument(
+        "--hottest", action="store_true", help="run a few passes once and measure nothing, for a profiler"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here")
     torch._functorch.config.donated_buffer = False  # or a compiled backward pass could run but once
+    if arguments.hottest:
+        return run_hottest()
     start = time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

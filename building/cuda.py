@@ -1,5 +1,6 @@
 """Compiles the CUDA kernels with nvcc. They need no torch, so this works beside any, whether it has CUDA or not."""
 
+import ctypes
 import functools
 import os
 import re
@@ -12,9 +13,21 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths
 
-# Devices the kernels are compiled for where there is no card, as far as the toolkit knows them.
-ARCHITECTURES = "8.0 8.6 9.0 10.0 12.0+PTX"
+# Devices the kernels are compiled for where there is no card, as far as the toolkit knows them. Drivers compile the
+# intermediate code of the oldest for devices that are not listed, and that of the newest for those to come.
+ARCHITECTURES = "8.0+PTX 8.6 9.0 10.0 12.0+PTX"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+
+
+def _driver():
+    """The major version of CUDA that this machine's driver runs; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000
 
 
 class CudaToolkit:
@@ -39,6 +52,11 @@ class CudaToolkit:
 
     def _checked(self):
         """A driver that runs torch's CUDA need not run that of another major version."""
+        if (driver := _driver()) and driver < int(self.release.split(".")[0]):
+            raise SystemExit(
+                f"normops: the NVIDIA driver of this machine runs CUDA {driver}, and {self.nvcc} is of CUDA "
+                f"{self.release}: set CUDA_HOME to a toolkit of CUDA {driver}, or NORMOPS_CUDA=0 to do without"
+            )
         if torch.version.cuda and torch.version.cuda.split(".")[0] != self.release.split(".")[0]:
             raise SystemExit(
                 f"normops: torch is built for CUDA {torch.version.cuda}, and {self.nvcc} is of CUDA {self.release}: "

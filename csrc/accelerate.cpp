@@ -341,6 +341,38 @@ struct BatchNormBackward {
   }
 };
 
+// What F.batch_norm calls on CUDA where torch would take cuDNN, for float32 and float16 among others; in training only.
+struct CudnnBatchNorm {
+  static constexpr auto name = "aten::cudnn_batch_norm", overload = "";
+
+  static Tensors4 call(c10::DispatchKeySet keys, const at::Tensor& input, const at::Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, bool training, double momentum, double eps) {
+    auto results = try_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps);
+    if (!results) {
+      return original<CudnnBatchNorm>(keys).call<Tensors4>(input, weight, bias, running_mean, running_var, training,
+                                                           momentum, eps);
+    }
+    auto [output, mean, rstd] = *results;
+    return {output, mean, rstd, at::empty({0}, input.options().dtype(at::kByte))};
+  }
+};
+
+struct CudnnBatchNormBackward {
+  static constexpr auto name = "aten::cudnn_batch_norm_backward", overload = "";
+
+  static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& input, const at::Tensor& grad,
+                       const at::Tensor& weight, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                       const OptionalTensor& mean, const OptionalTensor& rstd, double eps, const at::Tensor& reserve) {
+    if (auto grads = try_batch_norm_backward(grad, input, weight, running_mean, running_var, mean, rstd,
+                                             /*training=*/true, eps, {true, true, true})) {
+      return *grads;
+    }
+    return original<CudnnBatchNormBackward>(keys).call<Tensors3>(input, grad, weight, running_mean, running_var, mean,
+                                                                 rstd, eps, reserve);
+  }
+};
+
 std::unique_ptr<torch::Library> library(c10::DispatchKey key) {
   return std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
 }
@@ -357,6 +389,9 @@ std::unique_ptr<torch::Library> install_all(c10::DispatchKey key) {
   install<NativeLayerNorm, NativeLayerNormBackward, FusedRmsNorm, NativeGroupNorm, NativeGroupNormBackward,
           NativeBatchNorm, NativeBatchNormLegit, NativeBatchNormLegitNoStats, BatchNormWithUpdate,
           NativeBatchNormBackward, BatchNormBackward>(*whole, key);
+  if (original<CudnnBatchNorm>(c10::DispatchKeySet(key)).exists()) {
+    install<CudnnBatchNorm, CudnnBatchNormBackward>(*whole, key);
+  }
   static std::set<c10::DispatchKey> kept;
   if (original<FusedRmsNormBackward>(c10::DispatchKeySet(key)).exists()) {
     install<FusedRmsNormBackward>(*whole, key);

@@ -47,12 +47,14 @@ struct SplitMean {
 // The derivative of xhat, with g = dy * weight and means over the elements that share a statistic:
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
 // written as dx = rstd * g + slope * (x - center) + shift. RMSNorm has no mean to subtract (centered = false).
-struct InputGradient {
-  double slope;
-  double shift;
+template <typename A>
+struct InputGradientIn {
+  A slope;
+  A shift;
 
-  NORMOPS_HOST_DEVICE InputGradient(double rstd, double low, double mean_g, double mean_g_xhat, bool centered)
-      : slope(-rstd * rstd * mean_g_xhat), shift((centered ? -rstd * mean_g : 0.0) - slope * low) {}
+  NORMOPS_HOST_DEVICE InputGradientIn(A rstd, A low, A mean_g, A mean_g_xhat, bool centered)
+      : slope(-rstd * rstd * mean_g_xhat), shift((centered ? -rstd * mean_g : A(0)) - slope * low) {}
 };
+using InputGradient = InputGradientIn<double>;
 
 }  // namespace normops

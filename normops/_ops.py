@@ -30,6 +30,12 @@ def _acc_dtype(input):
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def _parameter_dtype(input, weight):
+    """The dtype of dweight and dbias. CUDA kernels write them in that of the weight, if the input has it too."""
+    own = weight is not None and weight.dtype == input.dtype and input.device.type == "cuda"
+    return input.dtype if own else _acc_dtype(input)
+
+
 def _dense_like(input):
     """Layers return, as torch's do, a dense tensor in the memory format the input suggests."""
     return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
@@ -59,7 +65,7 @@ def _(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offs
 @torch.library.register_fake("normops::_row_norm_backward")
 def _(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, *extras, **more):
     def parameter():
-        return input.new_empty(input.shape[input.dim() - normalized_ndim :], dtype=_acc_dtype(input))
+        return input.new_empty(input.shape[input.dim() - normalized_ndim :], dtype=_parameter_dtype(input, weight))
 
     def grad_input():
         return input.new_empty(input.shape) if centered else _dense_like(grad_output)
@@ -76,7 +82,7 @@ def _(input, mean, var, weight, bias, num_groups, over_batch, eps, *extras, **mo
 @torch.library.register_fake("normops::_channel_norm_backward")
 def _(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats, output_mask, *extras, **more):
     def parameter():
-        return input.new_empty([input.shape[1]], dtype=_acc_dtype(input))
+        return input.new_empty([input.shape[1]], dtype=_parameter_dtype(input, weight))
 
     def grad_input():
         return _dense_like(input)

@@ -88,11 +88,11 @@ def test_chunks(case, size, device):
     check(case.sample((2, 3, 1, size), device=device))
 
 
-@pytest.mark.parametrize("length", [24, 136, 520, 1032, 4104, 8200, 16384, 16385, 24584, 32776, 40001])
+@pytest.mark.parametrize("length", [24, 136, 520, 1032, 4104, 8200, 16384, 16385, 24584, 32776, 40001, 66000])
 @each_dtype
 @each_row_case
 def test_long_rows(case, dtype, length, device):
-    """On CUDA a row goes to some lanes, a warp, a block, to a block with sums in shared memory, or to many blocks."""
+    """On CUDA a row goes to some lanes, a warp, a block (with sums in shared memory), a cluster, or to many blocks."""
     check(case.sample((3, 1, 1, length), dtype, device=device))
 
 

@@ -1,7 +1,5 @@
 #pragma once
 
-// Parameters of channels are few, so they are read in their own dtype and no kernel is compiled for each.
-
 #include "channel.h"
 #include "vectors.cuh"
 
@@ -20,6 +18,30 @@ __device__ __forceinline__ A read_as(const AnyArray& array, int64_t i) {
     default:
       return A(static_cast<float>(static_cast<const c10::BFloat16*>(array.data)[i]));
   }
+}
+
+template <typename A>
+__device__ __forceinline__ void write_as(const AnyOutput& array, int64_t i, A value) {
+  switch (array.type) {
+    case ElementType::kFloat:
+      static_cast<float*>(array.data)[i] = float(value);
+      break;
+    case ElementType::kDouble:
+      static_cast<double*>(array.data)[i] = double(value);
+      break;
+    case ElementType::kHalf:
+      static_cast<c10::Half*>(array.data)[i] = c10::Half(float(value));
+      break;
+    default:
+      static_cast<c10::BFloat16*>(array.data)[i] = c10::BFloat16(float(value));
+  }
+}
+
+__device__ __forceinline__ void move_running(const RunningStats& a, int which, int64_t channel, double statistic) {
+  const AnyOutput running = a.running[which];
+  const int64_t i = channel * a.stride[which];
+  const double old = read_as<double>({running.data, running.type, 0}, i);
+  write_as(running, i, (1 - a.momentum) * old + a.momentum * a.correction[which] * statistic);
 }
 
 }  // namespace normops::cuda

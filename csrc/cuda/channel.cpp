@@ -13,21 +13,6 @@
 namespace normops::cuda {
 namespace {
 
-ElementType element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return ElementType::kFloat;
-    case at::kDouble:
-      return ElementType::kDouble;
-    case at::kHalf:
-      return ElementType::kHalf;
-    case at::kBFloat16:
-      return ElementType::kBFloat16;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "normops: expected float16, bfloat16, float32 or float64, got ", type);
-  }
-}
-
 // A small tensor as the merge kernels read it: in its own dtype, and kept alive.
 struct Array {
   at::Tensor tensor;
@@ -42,14 +27,28 @@ struct Array {
   }
 };
 
-Plan plan_of(const ChannelView& view, std::initializer_list<const at::Tensor*> tensors) {
-  bool vectors = true;
-  size_t i = 0;
-  for (const at::Tensor* tensor : tensors) {
-    vectors = vectors &&
-              vectorizable(view.geometry, tensor->const_data_ptr(), view.strides[i++], int(tensor->element_size()));
-  }
-  return make_plan(view.geometry, int((*tensors.begin())->element_size()), vectors);
+// How the tensors are walked. Contiguous planes that would be walked element by element, as their lengths are no
+// multiples of a vector's, are walked as wide channels (geometry.h) where that makes vectors of them, unless `fits`
+// says that a plan does not go over memory twice.
+template <typename Fits>
+Plan plan_of(ChannelView& view, const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch,
+             const Fits& fits) {
+  const int size = int(tensors.front()->element_size());
+  const auto plan_as_seen = [&] {
+    bool vectors = true;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      vectors = vectors && vectorizable(view.geometry, tensors[i]->const_data_ptr(), view.strides[i], size);
+    }
+    return make_plan(view.geometry, size, vectors);
+  };
+  const Plan plan = plan_as_seen();
+  if (plan.vectors || plan.layout != Layout::kContiguous || !over_batch || fits(plan)) return plan;
+  const ChannelView narrow = view;
+  view = wide_channel_view(tensors, num_groups, over_batch);
+  const Plan wide = plan_as_seen();
+  if (wide.vectors) return wide;
+  view = narrow;
+  return plan;
 }
 
 template <typename A>
@@ -63,8 +62,9 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   const Here here(input);
   at::Tensor x = input;
   at::Tensor output = at::empty_like(input, input.suggest_memory_format());
-  const auto view = channel_view({&x, &output}, num_groups, over_batch);
-  const Geometry& g = view.geometry;
+  const std::vector<at::Tensor*> operands{&x, &output};
+  auto view = channel_view(operands, num_groups, over_batch);
+  const Geometry g = view.geometry;
   const bool given = defined(given_mean);
   TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
@@ -81,7 +81,8 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   const at::Tensor mean = at::empty(shape, statistics), var = at::empty(shape, statistics);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm", [&] {
     using A = Acc<scalar_t>;
-    const Plan plan = plan_of(view, {&x, &output});
+    const auto fits = [&](const Plan& plan) { return !given && slab_fits<scalar_t>(plan, /*backward=*/false); };
+    const Plan plan = plan_of(view, operands, num_groups, over_batch, fits);
     const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
     const ChannelTensor<scalar_t> to{output.mutable_data_ptr<scalar_t>(), view.strides[1]};
     void* const stream = here.stream();
@@ -94,15 +95,16 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
                           /*reciprocal=*/false,
                           mean.mutable_data_ptr<double>(),
                           var.mutable_data_ptr<double>(),
+                          {},
                           {}};
-    if (!given && slab_fits<scalar_t>(plan, /*backward=*/false)) {
+    if (fits(plan)) {
       slab_forward(plan, from, to, merge, stream);
       return;
     }
     ChunkMoments* partials = nullptr;
     const auto lay_out = [&](Scratch scratch) {
       if (!given) merge.partials = partials = scratch.take<ChunkMoments>(plan.partials());
-      merge.coefficients = take_coefficients<A>(scratch, g.rows() * g.channels);
+      merge.coefficients = take_coefficients<A>(scratch, plan.rows * plan.columns);
       return scratch.bytes();
     };
     const at::Tensor memory = allocate(input, lay_out(Scratch()));
@@ -124,13 +126,13 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
     dx = at::empty_like(input, input.suggest_memory_format());
     operands.push_back(&dx);
   }
-  const auto view = channel_view(operands, num_groups, over_batch);
-  const Geometry& g = view.geometry;
+  auto view = channel_view(operands, num_groups, over_batch);
+  const Geometry g = view.geometry;
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
   const Array weights(weight, input, g.channels, 1, "weight");
-  const auto options = at::TensorOptions().device(input.device()).dtype(acc_type(input));
+  const auto options = at::TensorOptions().device(input.device()).dtype(gradient_type(weight, input));
   const bool empty = g.elements() == 0;
   const auto parameter = [&](bool wanted) {
     return !wanted ? at::Tensor() : empty ? at::zeros({g.channels}, options) : at::empty({g.channels}, options);
@@ -142,7 +144,8 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_norm_backward", [&] {
         using A = Acc<scalar_t>;
-        const Plan plan = output_mask[0] ? plan_of(view, {&x, &dy, &dx}) : plan_of(view, {&x, &dy});
+        const auto fits = [&](const Plan& plan) { return input_stats && slab_fits<scalar_t>(plan, /*backward=*/true); };
+        const Plan plan = plan_of(view, operands, num_groups, over_batch, fits);
         const ChannelTensor<const scalar_t> from{x.const_data_ptr<scalar_t>(), view.strides[0]};
         const ChannelTensor<const scalar_t> grad{dy.const_data_ptr<scalar_t>(), view.strides[1]};
         const ChannelTensor<scalar_t> to{data_or_null<scalar_t>(dx), view.strides.back()};
@@ -154,18 +157,17 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                eps,
                                /*reciprocal=*/false,
                                input_stats,
-                               data_or_null<A>(dweight),
-                               data_or_null<A>(dbias),
+                               any_output(dweight),
+                               any_output(dbias),
                                nullptr,
                                {}};
-        const bool on_chip = input_stats && slab_fits<scalar_t>(plan, /*backward=*/true);
+        const bool on_chip = fits(plan);
         ChunkGradients* partials = nullptr;
         const auto lay_out = [&](Scratch scratch) {
-          const int64_t size = g.rows() * g.channels;
-          if (parameters && g.rows() > 1) merge.sums = scratch.take<double>(2 * size);
+          if (parameters && plan.rows > 1) merge.sums = scratch.take<double>(2 * plan.rows * plan.channels);
           if (on_chip) return scratch.bytes();
           if (sums_needed) merge.partials = partials = scratch.take<ChunkGradients>(plan.partials());
-          merge.coefficients = take_coefficients<A>(scratch, size);
+          merge.coefficients = take_coefficients<A>(scratch, plan.rows * plan.columns);
           return scratch.bytes();
         };
         const size_t bytes = lay_out(Scratch());
@@ -193,16 +195,20 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
 
 // The stages one at a time, per channel and over the batch, for SyncBatchNorm.
 
+Plan batch_plan(ChannelView& view, const std::vector<at::Tensor*>& tensors) {
+  return plan_of(view, tensors, view.geometry.num_groups, /*over_batch=*/true, [](const Plan&) { return false; });
+}
+
 Tensors2 moments(const at::Tensor& input) {
   const Here here(input);
   at::Tensor x = input;
-  const auto view = batch_view({&x}, /*wide=*/false);
+  auto view = batch_view({&x}, /*wide=*/false);
   const int64_t channels = view.geometry.channels;
   const at::Tensor mean = at::zeros({channels}, input.options().dtype(at::kDouble)), var = at::zeros_like(mean);
   if (view.geometry.elements() == 0) return {mean, var};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
     using A = Acc<scalar_t>;
-    const Plan plan = plan_of(view, {&x});
+    const Plan plan = batch_plan(view, {&x});
     const at::Tensor memory = allocate(input, plan.partials() * sizeof(ChunkMoments));
     ChunkMoments* const partials = static_cast<ChunkMoments*>(memory.mutable_data_ptr());
     channel_moments<scalar_t>(plan, {x.const_data_ptr<scalar_t>(), view.strides[0]}, partials, here.stream());
@@ -219,7 +225,7 @@ Tensors2 grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const
                    const at::Tensor& var, double eps) {
   const Here here(input);
   at::Tensor x = input, dy = grad_output;
-  const auto view = batch_view({&x, &dy}, /*wide=*/false);
+  auto view = batch_view({&x, &dy}, /*wide=*/false);
   const int64_t channels = view.geometry.channels;
   const at::Tensor means = as_parameter(mean, input, channels, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, channels, at::kDouble, "var");
@@ -227,7 +233,7 @@ Tensors2 grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const
   if (view.geometry.elements() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_sums", [&] {
       using A = Acc<scalar_t>;
-      const Plan plan = plan_of(view, {&x, &dy});
+      const Plan plan = batch_plan(view, {&x, &dy});
       const at::Tensor memory = allocate(input, plan.partials() * sizeof(ChunkGradients));
       ChunkGradients* const partials = static_cast<ChunkGradients*>(memory.mutable_data_ptr());
       BackwardMerge<A> merge{};
@@ -252,7 +258,7 @@ at::Tensor grad_apply(const at::Tensor& grad_output, const at::Tensor& input, co
   const Here here(input);
   at::Tensor x = input, dy = grad_output;
   at::Tensor dx = at::empty_like(input, input.suggest_memory_format());
-  const auto view = batch_view({&x, &dy, &dx}, /*wide=*/false);
+  auto view = batch_view({&x, &dy, &dx}, /*wide=*/false);
   const int64_t channels = view.geometry.channels;
   const auto statistic = [&](const at::Tensor& tensor, const char* name) {
     return as_parameter(tensor, input, channels, at::kDouble, name);
@@ -264,7 +270,7 @@ at::Tensor grad_apply(const at::Tensor& grad_output, const at::Tensor& input, co
   TORCH_CHECK(count > 0, "normops: expected count > 0, got ", count);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
     using A = Acc<scalar_t>;
-    const Plan plan = plan_of(view, {&x, &dy, &dx});
+    const Plan plan = batch_plan(view, {&x, &dy, &dx});
     BackwardMerge<A> merge{};
     merge.weight = weights.pointer();
     merge.mean = means.const_data_ptr<double>();
@@ -275,7 +281,7 @@ at::Tensor grad_apply(const at::Tensor& grad_output, const at::Tensor& input, co
     merge.total_dy_xhat = dys_xhat.const_data_ptr<double>();
     merge.total_count = double(count);
     const auto lay_out = [&](Scratch scratch) {
-      merge.coefficients = take_coefficients<A>(scratch, channels);
+      merge.coefficients = take_coefficients<A>(scratch, plan.columns);
       return scratch.bytes();
     };
     const at::Tensor memory = allocate(input, lay_out(Scratch()));
@@ -295,8 +301,7 @@ void move_running_stats(const at::Tensor& running_mean, const at::Tensor& runnin
   const int64_t channels = running_mean.size(0), rows = mean.dim() == 2 ? mean.size(0) : 1;
   const at::Tensor means = as_parameter(mean, running_mean, rows * channels, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, running_mean, rows * channels, at::kDouble, "var");
-  update_running_stats(RunningStats{{running_mean.mutable_data_ptr(), running_var.mutable_data_ptr()},
-                                    {element_type(running_mean.scalar_type()), element_type(running_var.scalar_type())},
+  update_running_stats(RunningStats{{any_output(running_mean), any_output(running_var)},
                                     {running_mean.stride(0), running_var.stride(0)},
                                     {means.const_data_ptr<double>(), vars.const_data_ptr<double>()},
                                     {1, double(count) / double(count - 1)},

@@ -10,15 +10,26 @@ namespace {
 
 int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-int power_of_two(int64_t least) {
-  int lanes = 1;
-  while (lanes < kWarp && lanes < least) lanes *= 2;
-  return lanes;
+int log2_of(int64_t least) {  // of the next power of two
+  int log2 = 0;
+  while (int64_t(1) << log2 < least) ++log2;
+  return log2;
 }
 
-template <typename T>
-int vector_size(bool vectors) {
-  return vectors ? kFullVector<T> : 1;
+// Blocks that a launch of stages over memory should have before threads are given more to do. Layers that work per
+// sample do not count samples, which must not change how sums are cut.
+constexpr int64_t kWantedBlocks = 256, kWantedBlocksOfSample = 16;
+// And those of a merge, which reads little.
+constexpr int64_t kWantedMergeBlocks = 128;
+
+// The most lanes that waste hardly more of them than fewer would, where `vectors` lie side by side.
+int best_lanes_log2(int64_t vectors) {
+  const auto waste = [&](int log2) { return double(ceil_div(vectors, int64_t(1) << log2) << log2); };
+  int best = std::min(5, log2_of(vectors)), fewest = std::min(2, best);
+  for (int log2 = best; log2 >= fewest; --log2) {
+    if (waste(log2) < waste(best) / 1.125) best = log2;
+  }
+  return best;
 }
 
 // f(layout, size), both constants.
@@ -38,84 +49,144 @@ void with_walk(const Plan& plan, const F& f) {
   }
 }
 
-template <typename T>
 LaunchConfig walk_config(const Plan& plan) {
-  const int64_t chunks = plan.rows * plan.cut.chunks;
-  const int64_t blocks = plan.layout == Layout::kContiguous
-                             ? ceil_div(chunks * plan.channels * plan.lanes, kWalkThreads)
-                             : chunks * ceil_div(plan.channels, int64_t(plan.lanes) * vector_size<T>(plan.vectors));
-  return {dim3(unsigned(blocks)), dim3(kWalkThreads)};
+  return {grid_of(plan.rows * plan.cut.chunks * (plan.layout == Layout::kContiguous ? plan.columns : plan.tiles())),
+          dim3(plan.threads)};
 }
 
-LaunchConfig merge_config(const Plan& plan) {
-  const int64_t width = plan.group_size > 1 ? plan.group_size : kMergeColumns;
-  return {dim3(unsigned(plan.rows * ceil_div(plan.channels, width))), dim3(kMergeColumns, kMergeRows)};
-}
+struct MergeLaunch {
+  MergeGrid grid;
+  LaunchConfig config;
+
+  explicit MergeLaunch(const Plan& plan) {
+    const bool grouped = plan.group_size > 1;
+    grid.lanes_log2 = std::min(5, log2_of(grouped ? plan.group_size : plan.columns));
+    if (!grouped) {
+      while (grid.lanes_log2 > 1 && plan.rows * ceil_div(plan.columns, 1 << grid.lanes_log2) < kWantedMergeBlocks &&
+             plan.cut.chunks > kMergeThreads >> grid.lanes_log2) {
+        --grid.lanes_log2;
+      }
+    }
+    const int64_t blocks = grouped ? plan.groups : ceil_div(plan.columns, 1 << grid.lanes_log2);
+    grid.blocks = Divisor(blocks);
+    config = {grid_of(plan.rows * blocks), dim3(kMergeThreads)};
+  }
+};
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
 
-void use_device(int index) { Device::use(index); }
+void use_device(int index) { check(cudaSetDevice(index), "cudaSetDevice"); }
 
 bool vectorizable(const Geometry& g, const void* data, const Strides& s, int element_size) {
   const int64_t size = kVectorBytes / element_size;
   const bool lines = g.layout == Layout::kContiguous;
   const auto steps = [&](int64_t extent, int64_t stride) { return extent == 1 || stride % size == 0; };
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && (lines ? g.positions : g.channels) % size == 0 &&
-         steps(g.samples, s.sample) && (lines ? steps(g.channels, s.channel) : steps(g.positions, s.position));
+  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+         (lines ? g.positions : g.channels * g.width) % size == 0 && steps(g.samples, s.sample) &&
+         (lines ? steps(g.channels, s.channel) : steps(g.positions, s.position));
 }
 
 Plan make_plan(const Geometry& g, int element_size, bool vectors) {
-  const int size = vectors ? kVectorBytes / element_size : 1;
-  Plan plan{g.layout, vectors, g.over_batch, /*centered=*/true, g.rows(), g.channels, g.group_size(), 1, {}};
+  const int64_t size = vectors ? kVectorBytes / element_size : 1;
+  Plan plan{g.layout, vectors, g.over_batch, /*centered=*/true, g.rows(), g.channels * g.width};
+  plan.group_size = g.group_size() * g.width;
+  plan.width = g.width;
+  plan.groups = plan.columns / plan.group_size;
+  plan.channels = g.channels;
+  plan.threads = kWalkThreads;
   Cut& cut = plan.cut;
   cut.positions = g.positions;
+  cut.lines = g.samples_per_row();
+  cut.lines_per_chunk = 1;
+  const int64_t wanted = g.over_batch ? kWantedBlocks : kWantedBlocksOfSample;
+  int64_t items = kMostItems;
+  const auto spread = [&](auto blocks) {  // fewer items for each thread where that makes blocks
+    while (items > 2 && blocks() < wanted) items /= 2;
+  };
+  int64_t parts = 1, span = g.positions;
   if (g.layout == Layout::kContiguous) {
-    plan.lanes = power_of_two(ceil_div(g.positions, size));
-    cut.span = int64_t(plan.lanes) * size;
-    cut.pieces_per_chunk = items_of(g.layout, size);
+    const int64_t line = g.positions / size, all = cut.lines * line;
+    spread([&] { return plan.columns * ceil_div(all, kWalkThreads * items); });
+    plan.threads = int(std::min<int64_t>(kWalkThreads, ceil_div(ceil_div(all, items), kWarp) * kWarp));
+    const int64_t capacity = plan.threads * items;
+    parts = ceil_div(line, capacity);
+    span = ceil_div(line, parts) * size;
+    if (parts == 1) cut.lines_per_chunk = std::min(cut.lines, capacity / line);
+    plan.by_line = Divisor(std::min<int64_t>(line, INT32_MAX));
+    plan.by_tiles = Divisor(1);
   } else {
-    plan.lanes = power_of_two(ceil_div(g.channels, size));
-    cut.span = int64_t(kWalkThreads / plan.lanes) * items_of(g.layout, size);
-    cut.pieces_per_chunk = 1;
+    const int64_t across = plan.columns / size;
+    plan.lanes_log2 = best_lanes_log2(across);
+    plan.by_tiles = Divisor(ceil_div(across, int64_t(1) << plan.lanes_log2));
+    const int64_t down = kWalkThreads >> plan.lanes_log2;
+    spread([&] { return plan.by_tiles.divisor() * cut.lines * ceil_div(g.positions, down * items); });
+    parts = ceil_div(g.positions, down * items);
+    span = ceil_div(g.positions, parts);
   }
-  cut.pieces = ceil_div(g.positions, cut.span);
-  cut.total_pieces = g.samples_per_row() * cut.pieces;
-  cut.chunks = ceil_div(cut.total_pieces, cut.pieces_per_chunk);
+  if (parts > 1) {
+    parts = ceil_div(g.positions, span);  // rounding may have left one without anything
+    cut.chunks = cut.lines * parts;
+    cut.cycle = Divisor(parts);
+    cut.line_step = 0, cut.position_step = span;
+    cut.full = uint32_t(span), cut.last = uint32_t(g.positions - (parts - 1) * span);
+  } else {
+    cut.chunks = ceil_div(cut.lines, cut.lines_per_chunk);
+    cut.cycle = Divisor(cut.chunks);
+    cut.line_step = cut.lines_per_chunk, cut.position_step = 0;
+    cut.full = uint32_t(cut.lines_per_chunk * g.positions);
+    cut.last = uint32_t((cut.lines - (cut.chunks - 1) * cut.lines_per_chunk) * g.positions);
+  }
+  plan.by_chunks = Divisor(cut.chunks);
+  plan.by_columns = Divisor(plan.columns);
+  plan.by_group = Divisor(plan.group_size);
   return plan;
 }
 
 template <typename T>
 void channel_moments(const Plan& plan, ChannelTensor<const T> x, ChunkMoments* partials, void* stream) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(
-        launch(moments_kernel<T, layout.value, size.value>, walk_config<T>(plan), as_stream(stream), plan, x, partials),
-        "moments");
+    check(launch(moments_kernel<T, layout.value, size.value>, walk_config(plan), as_stream(stream), plan, x, partials),
+          "moments");
   });
+}
+
+// f(whether there are), a constant. Only lines have parameters for their positions.
+template <Layout kLayout, typename F>
+void with_positions(bool given, const F& f) {
+  if constexpr (kLayout == Layout::kContiguous) {
+    if (given) return f(std::true_type{});
+  }
+  f(std::false_type{});
 }
 
 template <typename T, typename A>
 void channel_grad_sums(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, const double* mean,
                        const A* position_weight, ChunkGradients* partials, void* stream) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(launch(grad_sums_kernel<T, layout.value, size.value>, walk_config<T>(plan), as_stream(stream), plan, dy, x,
-                 mean, position_weight, partials),
-          "grad_sums");
+    with_positions<layout.value>(position_weight, [&](auto weighted) {
+      check(launch(grad_sums_kernel<T, layout.value, size.value, weighted.value>, walk_config(plan), as_stream(stream),
+                   plan, dy, x, mean, position_weight, partials),
+            "grad_sums");
+    });
   });
 }
 
 template <typename A>
 void channel_merge(const Plan& plan, const ForwardMerge<A>& args, void* stream) {
-  check(launch(merge_kernel<A>, merge_config(plan), as_stream(stream), plan, args), "merge");
+  const MergeLaunch merge(plan);
+  check(launch(merge_kernel<A>, merge.config, as_stream(stream), plan, merge.grid, args), "merge");
 }
 
 template <typename A>
 void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* stream) {
-  check(launch(grad_merge_kernel<A>, merge_config(plan), as_stream(stream), plan, args), "grad_merge");
-  if (args.sums && (args.dweight || args.dbias)) {
-    column_sums(args.sums, args.sums + plan.rows * plan.channels, plan.rows, plan.channels, plan.channels, args.dweight,
-                args.dbias, stream);
+  const MergeLaunch merge(plan);
+  check(launch(grad_merge_kernel<A>, merge.config, as_stream(stream), plan, merge.grid, args), "grad_merge");
+  if (args.sums) {
+    const int64_t channels = plan.channels;
+    column_sums(args.sums, args.sums + plan.rows * channels, plan.rows, channels, channels, args.dweight, args.dbias,
+                stream);
   }
 }
 
@@ -123,9 +194,11 @@ template <typename T, typename A>
 void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const Coefficients<A>& coefficients,
                    const A* position_weight, const A* position_bias, void* stream) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(launch(apply_kernel<T, layout.value, size.value>, walk_config<T>(plan), as_stream(stream), plan, x, y,
-                 coefficients, position_weight, position_bias),
-          "apply");
+    with_positions<layout.value>(position_weight || position_bias, [&](auto given) {
+      check(launch(apply_kernel<T, layout.value, size.value, given.value>, walk_config(plan), as_stream(stream), plan,
+                   x, y, coefficients, position_weight, position_bias),
+            "apply");
+    });
   });
 }
 
@@ -133,8 +206,8 @@ template <typename T, typename A>
 void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
                         const Coefficients<A>& coefficients, void* stream) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(launch(grad_apply_kernel<T, layout.value, size.value>, walk_config<T>(plan), as_stream(stream), plan, dy, x,
-                 dx, coefficients),
+    check(launch(grad_apply_kernel<T, layout.value, size.value>, walk_config(plan), as_stream(stream), plan, dy, x, dx,
+                 coefficients),
           "grad_apply");
   });
 }
@@ -142,7 +215,7 @@ void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTens
 template <typename T, typename A>
 void long_row_backward(const Plan& plan, const LongRowBackward<T, A>& args, void* stream) {
   const auto run = [&](auto size) {
-    check(launch(long_row_backward_kernel<T, size.value>, walk_config<T>(plan), as_stream(stream), plan, args),
+    check(launch(long_row_backward_kernel<T, size.value>, walk_config(plan), as_stream(stream), plan, args),
           "long_row_backward");
   };
   if (plan.vectors) {
@@ -152,13 +225,16 @@ void long_row_backward(const Plan& plan, const LongRowBackward<T, A>& args, void
   }
 }
 
-template <typename S, typename A>
-void column_sums(const S* first, const S* second, int64_t rows, int64_t stride, int64_t columns, A* first_total,
-                 A* second_total, void* stream) {
-  if (first_total == nullptr && second_total == nullptr) return;
-  const dim3 grid(unsigned(ceil_div(columns, kSumColumns)), 2);
-  check(launch(column_sums_kernel<S, A>, {grid, dim3(kSumColumns, kSumRows)}, as_stream(stream), first, second, rows,
-               stride, columns, first_total, second_total),
+template <typename S>
+void column_sums(const S* first, const S* second, int64_t rows, int64_t stride, int64_t columns, AnyOutput first_total,
+                 AnyOutput second_total, void* stream) {
+  if (!first_total && !second_total) return;
+  // No fewer lanes than fill the 32 bytes that memory is read by.
+  int lanes_log2 = 5;
+  while (lanes_log2 > 3 && 2 * ceil_div(columns, 1 << lanes_log2) < kWantedMergeBlocks) --lanes_log2;
+  const dim3 grid(unsigned(ceil_div(columns, 1 << lanes_log2)), 2);
+  check(launch(column_sums_kernel<S>, {grid, dim3(kMergeThreads)}, as_stream(stream), first, second, rows, stride,
+               columns, lanes_log2, first_total, second_total),
         "column_sums");
 }
 
@@ -185,10 +261,9 @@ NORMOPS_INSTANTIATE(c10::BFloat16)
 #define NORMOPS_INSTANTIATE(A)                                                   \
   template void channel_merge(const Plan&, const ForwardMerge<A>&, void*);       \
   template void channel_grad_merge(const Plan&, const BackwardMerge<A>&, void*); \
-  template void column_sums(const double*, const double*, int64_t, int64_t, int64_t, A*, A*, void*);
+  template void column_sums<A>(const A*, const A*, int64_t, int64_t, int64_t, AnyOutput, AnyOutput, void*);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)
 #undef NORMOPS_INSTANTIATE
-template void column_sums(const float*, const float*, int64_t, int64_t, int64_t, float*, float*, void*);
 
 }  // namespace normops::cuda

@@ -8,17 +8,10 @@
 
 #include "../geometry.h"
 #include "../statistics.h"
+#include "arrays.h"
+#include "divisor.h"
 
 namespace normops::cuda {
-
-enum class ElementType { kFloat, kDouble, kHalf, kBFloat16 };
-
-// A small array of any floating dtype, read as double; where it is absent, a constant.
-struct AnyArray {
-  const void* data;
-  ElementType type;
-  double absent;
-};
 
 template <typename T>
 struct ChannelTensor {
@@ -27,69 +20,82 @@ struct ChannelTensor {
 };
 
 // Moments of a chunk, or, in the backward, sum dy and sum dy * (x - center).
-struct ChunkMoments {
+struct alignas(16) ChunkMoments {
   double mean, m2;
 };
-struct ChunkGradients {
+struct alignas(16) ChunkGradients {
   double dy, dy_x;
 };
 
-// How the elements that share a row of statistics and a channel are cut: into lines (a line is a sample's positions),
-// those into pieces of `span` positions, and chunks of so many pieces, which may go on over the end of a line.
-// It depends on shape, dtype and alignment alone.
+// How the elements that share a row of statistics and a column are cut into chunks, each the work of one block. A line
+// is a sample's positions. A chunk is a part of a line, or some whole lines where they are short; the last of a line,
+// or of all, has what is left. All of it depends on shape, dtype and alignment alone.
 struct Cut {
   int64_t positions;  // of a line
-  int64_t span;
-  int64_t pieces;  // of a line
-  int64_t pieces_per_chunk;
-  int64_t total_pieces;
+  int64_t lines;
   int64_t chunks;
+  int64_t lines_per_chunk;
+  // Chunk number c is number c % cycle since the last whole, a line or everything.
+  Divisor cycle;
+  int64_t line_step, position_step;  // from one to the next
+  uint32_t full, last;               // elements
 
-  NORMOPS_HOST_DEVICE int64_t before(int64_t piece) const {
-    const int64_t whole = piece / pieces, rest = (piece - whole * pieces) * span;
-    return whole * positions + (rest < positions ? rest : positions);
-  }
-  // Elements of a chunk.
-  NORMOPS_HOST_DEVICE int64_t count(int64_t chunk) const {
-    const int64_t first = chunk * pieces_per_chunk, last = first + pieces_per_chunk;
-    return before(last < total_pieces ? last : total_pieces) - before(first);
+  NORMOPS_HOST_DEVICE uint32_t count(uint32_t number) const { return number + 1 == cycle.divisor() ? last : full; }
+  NORMOPS_HOST_DEVICE uint32_t count_of(uint32_t chunk) const {
+    cycle.split(chunk);
+    return count(chunk);
   }
 };
 
-// A Geometry as kernels walk it.
+// A Geometry as kernels walk it. A column is a channel, or one element of a wide channel.
 struct Plan {
   Layout layout;
   bool vectors;  // 16 bytes at a time
   bool over_batch;
   bool centered;  // false: RMSNorm, whose mean is taken to be 0
   int64_t rows;   // of statistics
-  int64_t channels;
-  int64_t group_size;
-  int lanes;  // threads side by side: along a line, or along the channels
+  int64_t columns;
+  int64_t group_size;  // columns that share a statistic
+  int64_t width;       // columns that share parameters
+  int64_t groups, channels;
+  int threads;     // of a block
+  int lanes_log2;  // across: threads side by side along the columns
   Cut cut;
+  Divisor by_chunks, by_columns, by_tiles, by_line, by_group;  // by_line: vectors of a line
 
-  int64_t num_groups() const { return channels / group_size; }
-  int64_t partials() const { return rows * channels * cut.chunks; }
+  int64_t partials() const { return rows * columns * cut.chunks; }
+  int64_t tiles() const { return by_tiles.divisor(); }
 };
 
 // `vectors`: every tensor that will be walked lies on vector boundaries (see vectorizable).
 Plan make_plan(const Geometry& geometry, int element_size, bool vectors);
 bool vectorizable(const Geometry& geometry, const void* data, const Strides& strides, int element_size);
 
-// y = (x - center) * scale + shift and dx = scale * dy + slope * (x - center) + shift, one entry per row and channel.
+// y = (x - center) * scale + shift and dx = scale * dy + slope * (x - center) + shift, one entry per row and column.
 // `center` and `shift` of the former may be null, for 0.
 template <typename A>
 struct Coefficients {
   A *center, *scale, *slope, *shift;
 };
 
-// Stage 1: partials of every chunk.
+// Stage 1: partials of every chunk, (rows, chunks, columns).
 template <typename T>
 void channel_moments(const Plan& plan, ChannelTensor<const T> x, ChunkMoments* partials, void* stream);
 // `position_weight`: for rows that are walked as lines, the factor of dy at each position, or null.
 template <typename T, typename A>
 void channel_grad_sums(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, const double* mean,
                        const A* position_weight, ChunkGradients* partials, void* stream);
+
+// running = (1 - momentum) * running + momentum * correction * (statistic averaged over rows), for both statistics.
+struct RunningStats {
+  AnyOutput running[2];  // mean, variance
+  int64_t stride[2];
+  const double* statistic[2];  // (rows, channels)
+  double correction[2];
+  double momentum;
+  int64_t rows, channels;
+};
+void update_running_stats(const RunningStats& args, void* stream);
 
 // Stage 2: statistics and coefficients. Without partials the statistics are the given ones.
 template <typename A>
@@ -102,6 +108,7 @@ struct ForwardMerge {
   double* mean;
   double* var;
   Coefficients<A> coefficients;  // slope unused; null: not wanted
+  RunningStats running{};        // of one row; null: not wanted
 };
 template <typename A>
 void channel_merge(const Plan& plan, const ForwardMerge<A>& args, void* stream);
@@ -113,10 +120,10 @@ struct BackwardMerge {
   const double* mean;
   const double* var;
   double eps;
-  bool reciprocal;   // var is rstd
-  bool input_stats;  // false: the statistics are constants
-  A* dweight;        // null: not wanted
-  A* dbias;
+  bool reciprocal;    // var is rstd
+  bool input_stats;   // false: the statistics are constants
+  AnyOutput dweight;  // null: not wanted
+  AnyOutput dbias;
   double* sums;  // (2, rows, channels) of dy * xhat and of dy, if wanted or needed for more than one row; or null
   Coefficients<A> coefficients;  // null: not wanted
   // Sums of `total_count` elements, of which this input has a part, in the place of partials; or null.
@@ -127,7 +134,8 @@ struct BackwardMerge {
 template <typename A>
 void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* stream);
 
-// Stage 3. The position parameters belong to rows that are walked as lines.
+// Stage 3, in the reverse order of blocks: it begins with what the second-level cache still holds. The position
+// parameters belong to rows that are walked as lines.
 template <typename T, typename A>
 void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const Coefficients<A>& coefficients,
                    const A* position_weight, const A* position_bias, void* stream);
@@ -146,8 +154,8 @@ template <typename T, typename A>
 void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
                    const BackwardMerge<A>& args, void* stream);
 
-// The input gradient of long rows together with the sums for dweight and dbias, (chunks, 2, channels) in `partials`.
-// The plan is that of the matrix of rows seen as positions, with the elements of a row as channels.
+// The input gradient of long rows together with the sums for dweight and dbias, (chunks, 2, columns) in `partials`.
+// The plan is that of the matrix of rows seen as positions, with the elements of a row as columns.
 template <typename T, typename A>
 struct LongRowBackward {
   ChannelTensor<const T> dy, x;
@@ -162,20 +170,8 @@ template <typename T, typename A>
 void long_row_backward(const Plan& plan, const LongRowBackward<T, A>& args, void* stream);
 
 // Column sums in double of two matrices of `rows` rows; null: not wanted.
-template <typename S, typename A>
-void column_sums(const S* first, const S* second, int64_t rows, int64_t stride, int64_t columns, A* first_total,
-                 A* second_total, void* stream);
-
-// running = (1 - momentum) * running + momentum * correction * (statistic averaged over rows), for both statistics.
-struct RunningStats {
-  void* running[2];  // mean, variance
-  ElementType type[2];
-  int64_t stride[2];
-  const double* statistic[2];  // (rows, channels)
-  double correction[2];
-  double momentum;
-  int64_t rows, channels;
-};
-void update_running_stats(const RunningStats& args, void* stream);
+template <typename S>
+void column_sums(const S* first, const S* second, int64_t rows, int64_t stride, int64_t columns, AnyOutput first_total,
+                 AnyOutput second_total, void* stream);
 
 }  // namespace normops::cuda

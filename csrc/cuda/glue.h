@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "../tensors.h"
+#include "arrays.h"
 #include "scratch.h"
 
 namespace normops::cuda {
@@ -39,6 +40,34 @@ class Here {
 // Device memory, freed when the tensor goes, which is safe in stream order.
 inline at::Tensor allocate(const at::Tensor& like, size_t bytes) {
   return at::empty({int64_t(bytes)}, like.options().dtype(at::kByte).memory_format(std::nullopt));
+}
+
+inline ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return ElementType::kFloat;
+    case at::kDouble:
+      return ElementType::kDouble;
+    case at::kHalf:
+      return ElementType::kHalf;
+    case at::kBFloat16:
+      return ElementType::kBFloat16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "normops: expected float16, bfloat16, float32 or float64, got ", type);
+  }
+}
+
+// The gradient of a parameter, for kernels to write; undefined where it is not wanted.
+inline AnyOutput any_output(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {nullptr, ElementType::kFloat};
+  return {tensor.mutable_data_ptr(), element_type(tensor.scalar_type())};
+}
+
+// The dtype in which gradients of parameters are written: the weight's where it is that of the input, as in a model of
+// one dtype, whose bias then has it too; otherwise that of the arithmetic, as nothing is known of the bias.
+inline at::ScalarType gradient_type(const OptionalTensor& weight, const at::Tensor& input) {
+  const bool own = defined(weight) && weight->scalar_type() == input.scalar_type();
+  return own ? input.scalar_type() : acc_type(input);
 }
 
 template <typename A>

@@ -13,17 +13,19 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 namespace normops::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("normops: ") + what + ": " + cudaGetErrorString(error));
+    const char* const advice = error == cudaErrorNoKernelImageForDevice
+                                   ? ": the kernels were not compiled for this card, see python -m normops; "
+                                     "TORCH_CUDA_ARCH_LIST sets for which they are"
+                                   : "";
+    throw std::runtime_error(std::string("normops: ") + what + ": " + cudaGetErrorString(error) + advice);
   }
 }
 
@@ -110,13 +112,13 @@ struct Device {
   int shared_bytes;  // most a block may ask for
   bool clusters;
 
-  // Makes the device current.
-  static const Device& use(int index) {
-    constexpr int kMost = 64;
+  static constexpr int kMost = 64;
+  static constexpr int kStaticBytes = 4096;  // of shared memory, at most, in kernels that have dynamic memory too
+
+  static const Device& get(int index) {
     static std::array<Device, kMost> devices;
     static std::array<std::once_flag, kMost> known;
     if (index < 0 || index >= kMost) throw std::runtime_error("normops: no CUDA device " + std::to_string(index));
-    check(cudaSetDevice(index), "cudaSetDevice");
     std::call_once(known[index], [&] {
       const auto ask = [&](cudaDeviceAttr attribute) {
         int value = 0;
@@ -130,27 +132,27 @@ struct Device {
   }
 };
 
-// More than 48 KiB of dynamic shared memory have to be asked for.
-template <typename... Parameters>
-void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+// More than 48 KiB of dynamic shared memory have to be asked for: once for a kernel and device, and the most there can
+// be, as another thread may be about to launch the kernel with more than this one.
+template <auto kKernel>
+void allow_shared(const Device& device, size_t bytes) {
   constexpr size_t kUnasked = 48 * 1024;
-  if (bytes > kUnasked) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
-  }
+  static std::array<std::once_flag, Device::kMost> asked;
+  if (bytes <= kUnasked) return;
+  std::call_once(asked[device.index], [&] {
+    const int most = device.shared_bytes - Device::kStaticBytes;
+    check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+  });
 }
 
-// How many blocks of the kernel a multiprocessor holds. The answer is kept: asking takes longer than launching.
-template <typename... Parameters>
-int blocks_per_multiprocessor(const Device& device, void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, int, size_t>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& blocks = known[{device.index, reinterpret_cast<const void*>(kernel), threads, shared_bytes}];
-  if (blocks == 0) {
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
-    blocks = std::max(blocks, 1);
+// A grid of so many blocks along x.
+inline dim3 grid_of(int64_t blocks) {
+  constexpr int64_t kMost = 0x7fffffff;
+  if (blocks > kMost) {
+    throw std::runtime_error("normops: expected at most 2147483647 blocks of work, got " + std::to_string(blocks) +
+                             ": the input has too many rows or planes for one call");
   }
-  return blocks;
+  return dim3(unsigned(blocks));
 }
 
 }  // namespace normops::cuda

@@ -48,6 +48,10 @@ __device__ __forceinline__ void sum_threads(A (&terms)[kTerms], int threads, A* 
   }
 }
 
+// 1 / count, or its neighbour: only guesses at a mean and small corrections are multiplied by it.
+__device__ __forceinline__ float reciprocal(float count) { return __fdividef(1.0f, count); }
+__device__ __forceinline__ double reciprocal(double count) { return 1 / count; }
+
 // 1 / sqrt(var + eps). A variance may come out of rounding a little below zero; NaN stays NaN.
 template <typename A>
 __device__ __forceinline__ A reciprocal_std(A var, A eps) {

@@ -13,10 +13,21 @@
 namespace normops::cuda {
 namespace {
 
-template <typename T>
-Rows<const T> rows_of(const at::Tensor& matrix) {
-  return {matrix.const_data_ptr<T>(), matrix.stride(0)};
-}
+// The matrix of rows as it is seen in a tensor, without making a tensor of it where that can be done.
+struct RowMatrix {
+  at::Tensor tensor;
+  int64_t stride;
+
+  RowMatrix(const at::Tensor& input, int64_t rows, int64_t length) : tensor(input), stride(length) {
+    if (input.is_contiguous()) return;
+    tensor = as_rows(input, rows, length);
+    stride = tensor.stride(0);
+  }
+  template <typename T>
+  Rows<const T> rows() const {
+    return {tensor.const_data_ptr<T>(), stride};
+  }
+};
 
 // Weight and bias as the kernels take them, kept alive: in the type of the elements if both have it and rows are short,
 // in that of the arithmetic otherwise.
@@ -52,7 +63,7 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   const Here here(input);
   int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
   std::tie(rows, length) = row_shape(input, normalized_ndim);
-  const at::Tensor x = as_rows(input, rows, length);
+  const RowMatrix x(input, rows, length);
   const auto shape = row_statistics_shape(input, normalized_ndim);
   const auto statistics = input.options().dtype(at::kDouble);
   const at::Tensor output = at::empty(input.sizes(), input.options());
@@ -69,7 +80,7 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
     RowForward<scalar_t> args{rows,
                               length,
                               false,
-                              rows_of<scalar_t>(x),
+                              x.rows<scalar_t>(),
                               output.mutable_data_ptr<scalar_t>(),
                               {},
                               eps,
@@ -97,12 +108,12 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
               "normops: expected a gradient like the input (", input.scalar_type(), ", ", input.sizes(), ", ",
               input.device(), "), got ", grad_output.scalar_type(), ", ", grad_output.sizes(), ", ",
               grad_output.device());
-  const at::Tensor dy = as_rows(grad_output, rows, length);
-  const at::Tensor x = as_rows(input, rows, length);
+  const RowMatrix dy(grad_output, rows, length);
+  const RowMatrix x(input, rows, length);
   const at::Tensor means = as_parameter(mean, input, rows, at::kDouble, "mean");
   const at::Tensor rstds = as_parameter(rstd, input, rows, at::kDouble, "rstd");
   const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
-  const auto options = input.options().dtype(acc_type(input));
+  const auto options = input.options().dtype(gradient_type(weight, input));
   const bool empty = rows == 0 || length == 0;
   const auto parameter = [&](bool wanted) {
     return !wanted ? at::Tensor() : empty ? at::zeros(shape, options) : at::empty(shape, options);
@@ -115,15 +126,15 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     RowBackward<scalar_t> args{rows,
                                length,
                                false,
-                               rows_of<scalar_t>(dy),
-                               rows_of<scalar_t>(x),
+                               dy.rows<scalar_t>(),
+                               x.rows<scalar_t>(),
                                data_or_null<scalar_t>(dx),
                                {},
                                means.const_data_ptr<double>(),
                                rstds.const_data_ptr<double>(),
                                centered,
-                               dweight.defined() ? dweight.mutable_data_ptr() : nullptr,
-                               dbias.defined() ? dbias.mutable_data_ptr() : nullptr};
+                               any_output(dweight),
+                               any_output(dbias)};
     args.vectors = row_takes_vectors(args);
     const Parameters parameters(weight, std::nullopt, input, here.device(), args);
     args.parameters = parameters.pointers();

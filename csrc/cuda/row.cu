@@ -25,16 +25,23 @@ template <int... kItems>
 struct Items {
   static constexpr int kMost = std::max({0, kItems...});
 
-  // The fewest that let a warp hold the row; where none do, the most, and as many warps as that takes.
-  static Shape spread(int64_t vectors) {
+  // The fewest that let a warp hold the row; where none do, the fewest from kMany on that let a block, of at most
+  // `threads(items)` threads; and where not even those do, the most, and more threads than there can be.
+  template <typename F>
+  static Shape spread(int64_t vectors, const F& threads) {
+    constexpr int kMany = 8, kTooMany = 16;
     Shape shape{0, 0};
-    const auto attempt = [&](int items) {
-      int threads = 1;
-      while (threads < kWarp && threads * items < vectors) threads *= 2;
-      shape = {items, threads};
-      return threads * items >= vectors;
+    const auto by_warp = [&](int items) {
+      int team = 1;
+      while (team < kWarp && team * items < vectors) team *= 2;
+      shape = {items, team};
+      return items < kTooMany && team * items >= vectors;
     };
-    if (!(attempt(kItems) || ...)) shape.threads = int(ceil_div(ceil_div(vectors, kMost), kWarp) * kWarp);
+    const auto by_block = [&](int items) {
+      shape = {items, int(std::min<int64_t>(INT32_MAX, ceil_div(ceil_div(vectors, items), kWarp) * kWarp))};
+      return items >= std::min(kMany, kMost) && shape.threads <= threads(items);
+    };
+    static_cast<void>((by_warp(kItems) || ...) || (by_block(kItems) || ...));
     return shape;
   }
   template <typename F>
@@ -44,20 +51,22 @@ struct Items {
 };
 
 // What fits in registers: in the forward x; in the backward x, dy, weight and the sums for dweight and dbias, or, with
-// those sums in shared memory, up to twice as much of the others. Element by element less fits, as addresses take room.
+// those sums in shared memory, up to twice as much of the others. Element by element less fits, as each takes a
+// register.
 template <typename T, bool kVectors>
 struct Ladder;
 
 template <typename T>
 struct Ladder<T, true> {
+  static constexpr bool kClusters = true;
   static constexpr int kSize = kFullVector<T>;
-  using Forward = std::conditional_t<sizeof(T) == 4, Items<2, 4, 8>, Items<2, 4>>;
-  using Backward = std::conditional_t<sizeof(T) == 2, Items<2>, Items<2, 4>>;
-  using BackwardShared =
-      std::conditional_t<sizeof(T) == 2, Items<4>, std::conditional_t<sizeof(T) == 4, Items<8>, Items<6>>>;
+  using Forward = Items<1, 2, 4, 8, 16>;
+  using Backward = std::conditional_t<sizeof(T) == 2, Items<1, 2>, Items<1, 2, 4>>;
+  using BackwardShared = std::conditional_t<sizeof(T) == 2, Items<4>, Items<6>>;
 };
 template <typename T>
 struct Ladder<T, false> {
+  static constexpr bool kClusters = false;
   static constexpr int kSize = 1;
   using Forward = std::conditional_t<sizeof(T) == 8, Items<4, 8>, Items<4, 12>>;
   using Backward = std::conditional_t<sizeof(T) == 8, Items<4>, Items<4, 8>>;
@@ -80,6 +89,42 @@ bool on_boundary(const void* data, int64_t rows, int64_t length, int64_t stride)
          (rows <= 1 || stride % kFullVector<T> == 0);
 }
 
+// Blocks of a cluster that are enough for rows that a block cannot hold, and the elements of each one's part; or 0.
+struct Clusters {
+  int blocks = 0, part = 0, threads = 0;
+
+  Clusters() = default;
+  Clusters(const Device& device, int64_t vectors, int size, int items, int most_threads) {
+    constexpr int kPortable = 8;
+    const int64_t most = int64_t(items) * most_threads;
+    if (!device.clusters || vectors > kPortable * most) return;
+    blocks = 2;
+    while (blocks * most < vectors) blocks *= 2;
+    const int64_t of_block = ceil_div(vectors, blocks);
+    part = int(of_block) * size;
+    threads = int(ceil_div(ceil_div(of_block, items), kWarp) * kWarp);
+  }
+};
+
+struct ForwardShape {
+  Shape shape;
+  Clusters clusters;
+
+  template <typename L>
+  ForwardShape(L, const Device& device, int64_t length) {
+    const auto most = [](int items) { return forward_threads(L::kSize, items); };
+    const int64_t vectors = ceil_div(length, L::kSize);
+    shape = L::Forward::spread(vectors, most);
+    if (L::kClusters && !fits_block<L>()) {
+      clusters = Clusters(device, vectors, L::kSize, shape.items, most(shape.items));
+    }
+  }
+  template <typename L>
+  bool fits_block() const {
+    return shape.threads <= forward_threads(L::kSize, shape.items);
+  }
+};
+
 // The type of the parameters as a value: that of the elements, or that of the arithmetic.
 template <typename T, typename F>
 void with_parameter_type(const RowParameters& parameters, const F& f) {
@@ -90,52 +135,85 @@ void with_parameter_type(const RowParameters& parameters, const F& f) {
   }
 }
 
-template <typename T>
-struct BackwardLaunch {
-  void (*kernel)(const RowBackward<T>, int, Acc<T>*) = nullptr;
-  LaunchConfig config{};
-  int threads = 0;
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
 };
+
+// Sums for dweight and, behind them, dbias, as far as they are wanted, of so many blocks.
+template <typename A>
+void column_sums_of_pairs(const A* sums, int64_t blocks, int64_t length, AnyOutput dweight, AnyOutput dbias,
+                          void* stream) {
+  column_sums(sums, sums + (dweight ? length : 0), blocks, (bool(dweight) + bool(dbias)) * length, length, dweight,
+              dbias, stream);
+}
+
+// Of a team: negative for a whole block.
+int team_log2(int threads) {
+  if (threads > kWarp) return -1;
+  int log2 = 0;
+  while (1 << log2 < threads) ++log2;
+  return log2;
+}
 
 // Bytes of the sums for dweight and dbias of a row in shared memory, and of what the kernel needs beside them.
 template <typename T>
 size_t sums_bytes(int64_t length) {
   return 2 * size_t(length) * sizeof(Acc<T>);
 }
-constexpr size_t kReserved = 4 * kWarp * sizeof(double);
 
+// How the backward is launched: by the shape, and by whether the device has clusters.
 template <typename T>
-BackwardLaunch<T> backward_launch(const Device& device, const RowBackward<T>& a) {
-  constexpr int kThreads = 256;
-  BackwardLaunch<T> result;
-  with_ladder<T>(a.vectors, [&](auto ladder) {
-    using L = decltype(ladder);
-    const int64_t vectors = ceil_div(a.length, L::kSize);
-    const Shape in_registers = L::Backward::spread(vectors);
-    const bool shared = in_registers.threads > kBackwardThreads;
-    const Shape shape = shared ? L::BackwardShared::spread(vectors) : in_registers;
-    const int block = shape.threads <= kWarp ? kThreads : shape.threads;
-    const int slots = block / shape.threads;
-    const size_t bytes = shared ? sums_bytes<T>(a.length) : slots > 1 ? slots * a.length * sizeof(Acc<T>) : 0;
-    with_parameter_type<T>(a.parameters, [&](auto type) {
-      using W = decltype(type);
-      const auto choose = [&](auto items, auto kept) {
-        result.kernel = row_backward_kernel<T, W, L::kSize, items.value, kept.value>;
-      };
-      if (shared) {
-        L::BackwardShared::with(shape.items, [&](auto items) { choose(items, std::true_type{}); });
-      } else {
-        L::Backward::with(shape.items, [&](auto items) { choose(items, std::false_type{}); });
+struct BackwardShape {
+  Shape shape;
+  RowPlace place = RowPlace::kBlock;
+  bool fits = true;
+  int part = 0;
+  LaunchConfig config{};
+  int64_t rows_per_block;
+
+  BackwardShape(const Device& device, const RowBackward<T>& a) {
+    with_ladder<T>(a.vectors, [&](auto ladder) {
+      using L = decltype(ladder);
+      const int64_t vectors = ceil_div(a.length, L::kSize);
+      const auto threads = [](int) { return kBackwardThreads; };
+      shape = L::Backward::spread(vectors, threads);
+      Clusters clusters;
+      size_t bytes = 0;
+      if (shape.threads > kBackwardThreads) {
+        if (L::kClusters) clusters = Clusters(device, vectors, L::kSize, shape.items, kBackwardThreads);
+        if (clusters.blocks > 0) {
+          place = RowPlace::kCluster;
+          part = clusters.part;
+          shape.threads = clusters.threads;
+        } else {
+          place = RowPlace::kBlockAndShared;
+          shape = L::BackwardShared::spread(vectors, threads);
+          bytes = sums_bytes<T>(a.length);
+          fits = L::BackwardShared::kMost > 0 && shape.threads <= kBackwardThreads &&
+                 bytes + Device::kStaticBytes <= size_t(device.shared_bytes);
+          if (!fits) return;
+        }
       }
+      const int block = shape.threads <= kWarp && part == 0 ? kTeamsThreads : shape.threads;
+      const int teams = block / shape.threads;
+      if (teams > 1) bytes = teams * a.length * sizeof(Acc<T>);
+      // A turn takes this many rows; what a block adds to the sums is worth several.
+      const int64_t turn = teams * backward_rows(L::kSize, shape.items, place);
+      rows_per_block = std::clamp<int64_t>(ceil_div(a.rows, kWantedBlocks), kFewestRows, kMostRows);
+      rows_per_block = std::max(rows_per_block, std::min(ceil_div(a.rows, kMostBlocks), kLongestSum * teams));
+      rows_per_block = ceil_div(rows_per_block, turn) * turn;
+      const unsigned cluster = place == RowPlace::kCluster ? clusters.blocks : 1;
+      config = {grid_of(blocks(a) * cluster), dim3(unsigned(block)), bytes, cluster};
     });
-    allow_shared(result.kernel, bytes);
-    const int64_t most =
-        int64_t(device.multiprocessors) * blocks_per_multiprocessor(device, result.kernel, block, bytes);
-    result.config = {dim3(unsigned(std::min(ceil_div(a.rows, slots), most))), dim3(block), bytes};
-    result.threads = shape.threads;
-  });
-  return result;
-}
+  }
+  int64_t blocks(const RowBackward<T>& a) const { return ceil_div(a.rows, rows_per_block); }
+  int64_t partials(const RowBackward<T>& a) const { return blocks(a) * (bool(a.dweight) + bool(a.dbias)) * a.length; }
+
+ private:
+  static constexpr int kTeamsThreads = 256;
+  static constexpr int64_t kWantedBlocks = 512, kMostBlocks = 1024, kFewestRows = 4, kMostRows = 64, kLongestSum = 256;
+};
 
 // Rows as the channel engine sees them: each is the only channel of its sample; and the matrix of rows with the
 // elements of a row as channels.
@@ -223,8 +301,7 @@ struct LongBackward {
                                             coefficients,
                                             sums},
                       stream);
-    column_sums(sums, sums + a.length, positions.cut.chunks, 2 * a.length, a.length, static_cast<A*>(a.dweight),
-                static_cast<A*>(a.dbias), stream);
+    column_sums(sums, sums + a.length, positions.cut.chunks, 2 * a.length, a.length, a.dweight, a.dbias, stream);
   }
 };
 
@@ -242,26 +319,19 @@ bool row_takes_vectors(const RowBackward<T>& a) {
 }
 
 template <typename T>
-bool row_fits(int, const RowForward<T>& a) {
+bool row_fits(int device, const RowForward<T>& a) {
   bool fits = false;
   with_ladder<T>(a.vectors, [&](auto ladder) {
     using L = decltype(ladder);
-    fits = a.length <= int64_t(L::Forward::kMost) * L::kSize * kMostThreads;
+    const ForwardShape launched(ladder, Device::get(device), a.length);
+    fits = launched.fits_block<L>() || launched.clusters.blocks > 0;
   });
   return fits;
 }
 
 template <typename T>
 bool row_fits(int device, const RowBackward<T>& a) {
-  bool fits = false;
-  with_ladder<T>(a.vectors, [&](auto ladder) {
-    using L = decltype(ladder);
-    constexpr int64_t kItem = int64_t(L::kSize) * kBackwardThreads;
-    fits = a.length <= L::Backward::kMost * kItem ||
-           (a.length <= L::BackwardShared::kMost * kItem &&
-            sums_bytes<T>(a.length) + kReserved <= size_t(Device::use(device).shared_bytes));
-  });
-  return fits;
+  return BackwardShape<T>(Device::get(device), a).fits;
 }
 
 template <typename T>
@@ -272,8 +342,8 @@ size_t row_forward_scratch(int device, const RowForward<T>& a) {
 }
 
 template <typename T>
-void row_forward(int device_index, const RowForward<T>& a, void* memory, void* stream) {
-  if (!row_fits(device_index, a)) {
+void row_forward(int device, const RowForward<T>& a, void* memory, void* stream) {
+  if (!row_fits(device, a)) {
     Scratch scratch(memory);
     LongForward<T>(a, scratch).run(a, stream);
     return;
@@ -281,45 +351,81 @@ void row_forward(int device_index, const RowForward<T>& a, void* memory, void* s
   constexpr int kThreads = 128;
   with_ladder<T>(a.vectors, [&](auto ladder) {
     using L = decltype(ladder);
-    const Shape shape = L::Forward::spread(ceil_div(a.length, L::kSize));
-    const int block = shape.threads <= kWarp ? kThreads : shape.threads;
-    const LaunchConfig config{dim3(unsigned(ceil_div(a.rows, block / shape.threads))), dim3(block)};
+    const ForwardShape launched(ladder, Device::get(device), a.length);
     with_parameter_type<T>(a.parameters, [&](auto type) {
+      using W = decltype(type);
+      const auto run = [&](auto kernel, const LaunchConfig& config, int team, int part) {
+        check(launch(kernel, config, static_cast<cudaStream_t>(stream), a, team_log2(team), part), "row_forward");
+      };
+      if constexpr (L::kClusters) {
+        if (const Clusters& c = launched.clusters; c.blocks > 0) {
+          const LaunchConfig config{grid_of(a.rows * c.blocks), dim3(c.threads), 0, unsigned(c.blocks)};
+          return run(row_forward_kernel<T, W, L::kSize, L::Forward::kMost, true>, config, kMostThreads, c.part);
+        }
+      }
+      const Shape shape = launched.shape;
+      const int block = shape.threads <= kWarp ? kThreads : shape.threads;
+      const int64_t rows = block / shape.threads * forward_rows(L::kSize, shape.items);
+      const LaunchConfig config{grid_of(ceil_div(a.rows, rows)), dim3(block)};
       L::Forward::with(shape.items, [&](auto items) {
-        check(launch(row_forward_kernel<T, decltype(type), L::kSize, items.value>, config,
-                     static_cast<cudaStream_t>(stream), a, shape.threads),
-              "row_forward");
+        run(row_forward_kernel<T, W, L::kSize, items.value, false>, config, shape.threads, 0);
       });
     });
   });
 }
 
 template <typename T>
-size_t row_backward_scratch(int device_index, const RowBackward<T>& a) {
+size_t row_backward_scratch(int device, const RowBackward<T>& a) {
   Scratch scratch;
-  if (!row_fits(device_index, a)) {
+  const BackwardShape<T> launched(Device::get(device), a);
+  if (!launched.fits) {
     LongBackward<T>(a, scratch);
   } else if (a.dweight || a.dbias) {
-    const auto launch = backward_launch<T>(Device::use(device_index), a);
-    scratch.take<Acc<T>>(int64_t(launch.config.grid.x) * 2 * a.length);
+    scratch.take<Acc<T>>(launched.partials(a));
   }
   return scratch.bytes();
 }
 
 template <typename T>
-void row_backward(int device_index, const RowBackward<T>& a, void* memory, void* stream) {
+void row_backward(int device, const RowBackward<T>& a, void* memory, void* stream) {
   using A = Acc<T>;
-  const Device& device = Device::use(device_index);
-  if (!row_fits(device_index, a)) {
+  const BackwardShape<T> launched(Device::get(device), a);
+  if (!launched.fits) {
     Scratch scratch(memory);
     LongBackward<T>(a, scratch).run(a, stream);
     return;
   }
-  const auto [kernel, config, threads] = backward_launch<T>(device, a);
-  A* const sums = a.dweight || a.dbias ? static_cast<A*>(memory) : nullptr;
-  check(launch(kernel, config, static_cast<cudaStream_t>(stream), a, threads, sums), "row_backward");
-  column_sums(sums, sums + a.length, config.grid.x, 2 * a.length, a.length, static_cast<A*>(a.dweight),
-              static_cast<A*>(a.dbias), stream);
+  A* const sums = static_cast<A*>(memory);
+  const auto run = [&](auto kernel) {
+    allow_shared<kernel.value>(Device::get(device), launched.config.shared_bytes);
+    const int team = launched.place == RowPlace::kCluster ? kMostThreads : launched.shape.threads;
+    check(launch(kernel.value, launched.config, static_cast<cudaStream_t>(stream), a, team_log2(team), launched.part,
+                 launched.rows_per_block, sums),
+          "row_backward");
+  };
+  with_ladder<T>(a.vectors, [&](auto ladder) {
+    using L = decltype(ladder);
+    with_parameter_type<T>(a.parameters, [&](auto type) {
+      using W = decltype(type);
+      switch (launched.place) {
+        case RowPlace::kCluster:
+          if constexpr (L::kClusters) {
+            run(Constant<row_backward_kernel<T, W, L::kSize, L::Backward::kMost, RowPlace::kCluster>>{});
+          }
+          break;
+        case RowPlace::kBlockAndShared:
+          L::BackwardShared::with(launched.shape.items, [&](auto items) {
+            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlockAndShared>>{});
+          });
+          break;
+        case RowPlace::kBlock:
+          L::Backward::with(launched.shape.items, [&](auto items) {
+            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlock>>{});
+          });
+      }
+    });
+  });
+  column_sums_of_pairs(sums, launched.blocks(a), a.length, a.dweight, a.dbias, stream);
 }
 
 #define NORMOPS_INSTANTIATE(T)                                        \

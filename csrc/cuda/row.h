@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "arrays.h"
+
 namespace normops::cuda {
 
 // Rows of `length` adjacent elements, `stride` apart.
@@ -45,8 +47,7 @@ struct RowBackward {
   const double* mean;
   const double* rstd;
   bool centered;
-  void* dweight;  // of the type of the arithmetic; null: not wanted
-  void* dbias;
+  AnyOutput dweight, dbias;
 };
 
 // Whether rows can be read and written 16 bytes at a time. If so, the parameters have to lie on 16-byte boundaries.

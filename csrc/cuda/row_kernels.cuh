@@ -2,21 +2,71 @@
 
 // Row engine (LayerNorm, RMSNorm): a row lives in the registers of its threads from the only time it is read.
 //
-// A row is shared by `threads` threads: a power of two up to a warp, with several rows to a block, or whole warps, with
-// one row to a block. Thread t holds the vectors t, t + threads, t + 2 * threads, ...
+// A row is shared by a team of threads: a power of two up to a warp, with several teams to a block; or whole warps, the
+// block; or the blocks of a cluster, each of which has a part of the row. Thread t of a block holds the vectors t,
+// t + threads, t + 2 * threads, ... Where a row gives its threads few vectors to read, a team takes several rows at a
+// time.
 
+#include "any_array.cuh"
 #include "reduce.cuh"
 #include "row.h"
 
 namespace normops::cuda {
 
-// f(item, element) for the vectors of a thread in a row of `length`.
-template <int kSize, int kItems, typename F>
-__device__ __forceinline__ void each_vector(int thread, int threads, int length, F f) {
-  int j = thread * kSize;
+// The threads of a block that share a row: 2 to the power of threads_log2, or all if that is negative.
+struct Team {
+  int threads, thread, number, count;  // the team's threads, this one; the block's teams, this one
+
+  __device__ __forceinline__ explicit Team(int threads_log2)
+      : threads(threads_log2 < 0 ? blockDim.x : 1 << threads_log2),
+        thread(threads_log2 < 0 ? threadIdx.x : threadIdx.x & (threads - 1)),
+        number(threads_log2 < 0 ? 0 : threadIdx.x >> threads_log2),
+        count(threads_log2 < 0 ? 1 : blockDim.x >> threads_log2) {}
+
+  // f(item, element) for the vectors of the thread in (its block's part of) a row of `length`.
+  template <int kSize, int kItems, typename F>
+  __device__ __forceinline__ void each_vector(int length, F f) const {
+    int j = thread * kSize;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i, j += threads * kSize) {
-    if (j < length) f(i, j);
+    for (int i = 0; i < kItems; ++i, j += threads * kSize) {
+      if (j < length) f(i, j);
+    }
+  }
+};
+
+// A block's part of its rows: all of it, or in a cluster every block's share.
+template <bool kCluster>
+struct Part {
+  int64_t block;  // number of the block, or of the cluster
+  int begin, length;
+
+  __device__ __forceinline__ Part(int64_t row_length, int most) : block(blockIdx.x), begin(0), length(int(row_length)) {
+    if constexpr (kCluster) {
+      block = blockIdx.x / cluster_size();
+      begin = int(cluster_rank()) * most;
+      length = min(most, max(0, int(row_length) - begin));
+    }
+  }
+};
+
+// The sums over all that share a row. In a cluster the blocks' sums are exchanged, and `told` may be written again only
+// after another of these with other memory.
+template <bool kCluster, int kTerms, typename A>
+__device__ __forceinline__ void sum_row(A (&terms)[kTerms], const Team& team, A* shared, A* told) {
+  sum_threads(terms, team.threads, shared);
+  if constexpr (kCluster) {
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int k = 0; k < kTerms; ++k) told[k] = terms[k];
+    }
+    cluster_sync();
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) terms[k] = 0;
+    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
+      const A* const theirs = map_shared(told, rank);
+#pragma unroll
+      for (int k = 0; k < kTerms; ++k) terms[k] += theirs[k];
+    }
   }
 }
 
@@ -24,114 +74,173 @@ template <typename T, int kSize, int kItems>
 struct RowVectors {
   Vector<T, kSize> items[kItems];
 
-  __device__ __forceinline__ void load(const T* row, int thread, int threads, int length) {
-    int j = thread * kSize;
+  __device__ __forceinline__ void load(const T* row, const Team& team, int length) {
+    int j = team.thread * kSize;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i, j += threads * kSize) items[i] = Vector<T, kSize>::load_if(j < length, row + j);
+    for (int i = 0; i < kItems; ++i, j += team.threads * kSize) {
+      items[i] = Vector<T, kSize>::load_if(j < length, row + j);
+    }
   }
 };
 
-// Mean as the nearest A and the rest, and the variance, of the elements that a row's threads hold.
-template <typename T, int kSize, int kItems>
-__device__ __forceinline__ void row_moments(const RowVectors<T, kSize, kItems>& x, int thread, int threads, int length,
-                                            bool centered, Acc<T>& center, Acc<T>& low, Acc<T>& var) {
-  using A = Acc<T>;
-  NORMOPS_SHARED(A, partial_sums, kWarp);
-  NORMOPS_SHARED(A, partial_squares, 2 * kWarp);
-  const A inverse = A(1) / A(length);
-  center = 0;
-  if (centered) {
-    A sum[1] = {0};
+// Sum of the elements of a vector.
+template <typename T, int kSize>
+__device__ __forceinline__ Acc<T> sum_of(const Vector<T, kSize>& v) {
+  Acc<T> sum = v[0];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      A item = 0;
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) item += x.items[i][k];
-      sum[0] += item;
-    }
-    sum_threads(sum, threads, partial_sums);
-    center = sum[0] * inverse;
-  }
-  // Deviations from the rounded mean. Their own mean is what rounding lost, so it sharpens both results.
-  A sums[2] = {0, 0};
-  each_vector<kSize, kItems>(thread, threads, length, [&](int i, int) {
-    A first = 0, second = 0;
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      const A d = x.items[i][k] - center;
-      first += d;
-      second += d * d;
-    }
-    sums[0] += first;
-    sums[1] += second;
-  });
-  sum_threads(sums, threads, partial_squares);
-  low = centered ? sums[0] * inverse : A(0);
-  var = sums[1] * inverse - low * low;
+  for (int k = 1; k < kSize; ++k) sum += v[k];
+  return sum;
 }
 
-template <typename T, typename W, int kSize, int kItems>
-__global__ void __launch_bounds__(kMostThreads, 1) row_forward_kernel(const RowForward<T> a, int threads) {
+// Mean as the nearest A and the rest, and the variance, of the elements of kRows rows that a team's threads hold.
+template <bool kCluster, typename T, int kSize, int kItems, int kRows>
+__device__ __forceinline__ void row_moments(std::bool_constant<kCluster>,
+                                            const RowVectors<T, kSize, kItems> (&x)[kRows], const Team& team,
+                                            int64_t row_length, int length, bool centered, Acc<T> (&center)[kRows],
+                                            Acc<T> (&low)[kRows], Acc<T> (&var)[kRows]) {
   using A = Acc<T>;
-  const int thread = threadIdx.x % threads, length = int(a.length);
-  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
-  const bool active = row < a.rows;
-  const int held = active ? length : 0;
+  NORMOPS_SHARED(A, told_sums, kRows);
+  NORMOPS_SHARED(A, told_squares, 2 * kRows);
+  NORMOPS_SHARED(A, partial_sums, kRows * kWarp);
+  NORMOPS_SHARED(A, partial_squares, 2 * kRows * kWarp);
+  const A inverse = reciprocal(A(int(row_length)));
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) center[r] = 0;
+  if (centered) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) center[r] += sum_of(x[r].items[i]);
+    }
+    sum_row<kCluster>(center, team, partial_sums, told_sums);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) center[r] *= inverse;
+  }
+  // Deviations from the rounded mean. Their own mean is what rounding lost, so it sharpens both results.
+  A sums[2 * kRows] = {};
+  team.each_vector<kSize, kItems>(length, [&](int i, int) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      A first = 0, second = 0;
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        const A d = x[r].items[i][k] - center[r];
+        first = k == 0 ? d : first + d;
+        second += d * d;
+      }
+      sums[2 * r] += first;
+      sums[2 * r + 1] += second;
+    }
+  });
+  sum_row<kCluster>(sums, team, partial_squares, told_squares);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    low[r] = centered ? sums[2 * r] * inverse : A(0);
+    var[r] = sums[2 * r + 1] * inverse - low[r] * low[r];
+  }
+}
 
-  RowVectors<T, kSize, kItems> x;
-  x.load(a.x.data + (active ? row : 0) * a.x.stride, thread, threads, held);
-  A center, low, var;
-  row_moments(x, thread, threads, length, a.centered, center, low, var);
-  const A rstd = reciprocal_std(var, A(a.eps));
-  if (!active) return;
-  if (thread == 0) {
-    a.mean[row] = double(center) + low;
-    a.rstd[row] = rstd;
+template <typename W>
+__device__ __forceinline__ const W* at(const W* array, int begin) {
+  return array ? array + begin : nullptr;
+}
+
+// Vectors of a parameter from `first` on, `step` apart, as far as they lie below `length`; or, without it, constants.
+template <typename W, int kSize, int kItems>
+__device__ __forceinline__ void load_or(const W* array, Acc<W> absent, int first, int step, int length,
+                                        Vector<W, kSize> (&vectors)[kItems]) {
+  Acc<W> constants[kSize];
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) constants[k] = absent;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) vectors[i] = Vector<W, kSize>::of(constants);
+  if (array == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (first + i * step < length) vectors[i] = Vector<W, kSize>::load(array + first + i * step);
+  }
+}
+
+// Teams of more than a warp take one row.
+NORMOPS_HOST_DEVICE constexpr int forward_rows(int size, int items) { return size > 1 && items < 8 ? 8 / items : 1; }
+NORMOPS_HOST_DEVICE constexpr int forward_threads(int size, int items) {
+  return size == 1 ? kMostThreads : items < 8 ? 256 : 512;
+}
+
+// `most`: elements of a part, in clusters.
+template <typename T, typename W, int kSize, int kItems, bool kCluster>
+__global__ void __launch_bounds__(forward_threads(kSize, kItems), 1)
+    row_forward_kernel(const RowForward<T> a, int threads_log2, int most) {
+  using A = Acc<T>;
+  constexpr int kRows = forward_rows(kSize, kItems);
+  const Team team(threads_log2);
+  const Part<kCluster> part(a.length, most);
+  const int length = part.length;
+  const int64_t first = (part.block * team.count + team.number) * kRows;
+  const int rows = int(min(int64_t(kRows), a.rows - first));  // may be none
+
+  RowVectors<T, kSize, kItems> x[kRows];
+  const T* from = a.x.data + first * a.x.stride + part.begin;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r, from += a.x.stride) x[r].load(from, team, r < rows ? length : 0);
+  A center[kRows], low[kRows], scale[kRows], shift[kRows];
+  row_moments(std::bool_constant<kCluster>(), x, team, a.length, length, a.centered, center, low, scale);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    scale[r] = reciprocal_std(scale[r], A(a.eps));
+    shift[r] = -low[r] * scale[r];
+    if (team.thread == 0 && part.begin == 0 && r < rows) {
+      a.mean[first + r] = double(center[r]) + low[r];
+      a.rstd[first + r] = scale[r];
+    }
   }
 
-  const A shift = -low * rstd;
-  const W* const weight = static_cast<const W*>(a.parameters.weight);
-  const W* const bias = static_cast<const W*>(a.parameters.bias);
-  T* const y = a.y + row * a.length;
-  each_vector<kSize, kItems>(thread, threads, length, [&](int i, int j) {
-    A v[kSize];
+  const W* const weight = at(static_cast<const W*>(a.parameters.weight), part.begin);
+  const W* const bias = at(static_cast<const W*>(a.parameters.bias), part.begin);
+  T* const y = a.y + first * a.length + part.begin;
+  constexpr int kTogether = kItems < 4 ? kItems : kItems < 8 ? 4 : kItems == 8 ? 2 : 1;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) v[k] = (x.items[i][k] - center) * rstd + shift;
-    if (weight) {
-      const auto w = Vector<W, kSize>::load(weight + j);
+  for (int i = 0; i < kItems; i += kTogether) {
+    Vector<W, kSize> w[kTogether], b[kTogether];
+    int j = (team.thread + i * team.threads) * kSize;
+    load_or(weight, Acc<W>(1), j, team.threads * kSize, length, w);
+    load_or(bias, Acc<W>(0), j, team.threads * kSize, length, b);
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) v[k] *= w[k];
+    for (int n = 0; n < kTogether; ++n, j += team.threads * kSize) {
+      if (j >= length) continue;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) continue;
+        A v[kSize];
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+          v[k] = ((x[r].items[i + n][k] - center[r]) * scale[r] + shift[r]) * w[n][k] + b[n][k];
+        }
+        store_rounded<kSize>(y + (r * a.length + j), v);
+      }
     }
-    if (bias) {
-      const auto b = Vector<W, kSize>::load(bias + j);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) v[k] += b[k];
-    }
-    Vector<T, kSize> out;
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) out.values[k] = T(v[k]);
-    out.store(y + j);
-  });
+  }
+  if constexpr (kCluster) cluster_sync();  // the last of the others may still read what this block has told
 }
 
 // xhat = (x - center) * rstd + low, and with g = dy * weight: dx = rstd * g + slope * (x - center) + shift
 // (statistics.h).
 template <typename A>
 struct RowCoefficients {
-  A center, rstd, low;
-  double mean_low, exact_rstd;
+  A center, rstd, low, mean_low;
 
-  __device__ __forceinline__ RowCoefficients(double mean, double rstd) : rstd(A(rstd)), exact_rstd(rstd) {
+  RowCoefficients() = default;
+  __device__ __forceinline__ RowCoefficients(double mean, double exact_rstd) : rstd(A(exact_rstd)) {
     const SplitMean<A> split(mean);
     center = split.center;
-    mean_low = split.low;
-    low = A(-mean_low * rstd);
+    mean_low = A(split.low);
+    low = -mean_low * rstd;
   }
 
   // From the sums over the row of g and g * (x - center).
-  __device__ __forceinline__ InputGradient gradient(double sum_g, double sum_g_x, double inverse, bool centered) const {
-    const double sum_g_xhat = (sum_g_x - mean_low * sum_g) * exact_rstd;
-    return InputGradient(exact_rstd, mean_low, sum_g * inverse, sum_g_xhat * inverse, centered);
+  __device__ __forceinline__ InputGradientIn<A> gradient(A sum_g, A sum_g_x, A inverse, bool centered) const {
+    const A sum_g_xhat = (sum_g_x - mean_low * sum_g) * rstd;
+    return {rstd, mean_low, sum_g * inverse, sum_g_xhat * inverse, centered};
   }
 };
 
@@ -139,130 +248,217 @@ struct RowCoefficients {
 // block's shared memory that no other thread touches.
 template <typename A, int kSize, int kItems, bool kShared>
 struct ParameterSums {
-  Vector<A, kSize> weight[kItems], bias[kItems];
+  A weight[kItems][kSize], bias[kItems][kSize];
 
-  __device__ __forceinline__ ParameterSums(A*, int, int, int) {
+  __device__ __forceinline__ ParameterSums(A*, const Team&, int) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) weight[i] = bias[i] = Vector<A, kSize>::zero();
+    for (int i = 0; i < kItems; ++i) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) weight[i][k] = bias[i][k] = 0;
+    }
   }
-  __device__ __forceinline__ void add(int i, int, const Vector<A, kSize>& dweight, const Vector<A, kSize>& dbias) {
-    weight[i] += dweight;
-    bias[i] += dbias;
+  __device__ __forceinline__ void add_weight(int i, int, const A (&values)[kSize]) { add(weight[i], values); }
+  __device__ __forceinline__ void add_bias(int i, int, const A (&values)[kSize]) { add(bias[i], values); }
+  __device__ __forceinline__ void get_weight(int i, int, A (&values)[kSize]) const { copy(weight[i], values); }
+  __device__ __forceinline__ void get_bias(int i, int, A (&values)[kSize]) const { copy(bias[i], values); }
+
+ private:
+  static __device__ __forceinline__ void add(A (&to)[kSize], const A (&values)[kSize]) {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) to[k] += values[k];
   }
-  __device__ __forceinline__ Vector<A, kSize> dweight(int i, int) const { return weight[i]; }
-  __device__ __forceinline__ Vector<A, kSize> dbias(int i, int) const { return bias[i]; }
+  static __device__ __forceinline__ void copy(const A (&from)[kSize], A (&to)[kSize]) {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) to[k] = from[k];
+  }
 };
 
 template <typename A, int kSize, int kItems>
 struct ParameterSums<A, kSize, kItems, true> {
-  A *weight, *bias;
+  // A vector's sums lie in parts of 16 bytes, the first parts of all vectors before the second, so that threads side by
+  // side reach for places side by side.
+  static constexpr int kPart = kVectorBytes / int(sizeof(A)), kParts = kSize / kPart;
+  struct alignas(kVectorBytes) Part {
+    A values[kPart];
+  };
+  Part *weight, *bias;
+  int vectors;
 
-  __device__ __forceinline__ ParameterSums(A* shared, int thread, int threads, int length)
-      : weight(shared), bias(shared + length) {
-    each_vector<kSize, kItems>(thread, threads, length, [&](int, int j) {
-      Vector<A, kSize>::zero().store(weight + j);
-      Vector<A, kSize>::zero().store(bias + j);
+  __device__ __forceinline__ ParameterSums(A* shared, const Team& team, int length)
+      : weight(reinterpret_cast<Part*>(shared)), bias(weight + length / kPart), vectors(length / kSize) {
+    team.each_vector<kSize, kItems>(length, [&](int, int j) {
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) weight[place(j, p)] = bias[place(j, p)] = {};
     });
   }
-  __device__ __forceinline__ void add(int i, int j, const Vector<A, kSize>& add_weight,
-                                      const Vector<A, kSize>& add_bias) {
-    (dweight(i, j) += add_weight).store(weight + j);
-    (dbias(i, j) += add_bias).store(bias + j);
+  __device__ __forceinline__ void add_weight(int, int j, const A (&values)[kSize]) { add(weight, j, values); }
+  __device__ __forceinline__ void add_bias(int, int j, const A (&values)[kSize]) { add(bias, j, values); }
+  __device__ __forceinline__ void get_weight(int, int j, A (&values)[kSize]) const { get(weight, j, values); }
+  __device__ __forceinline__ void get_bias(int, int j, A (&values)[kSize]) const { get(bias, j, values); }
+
+ private:
+  __device__ __forceinline__ int place(int j, int part) const { return part * vectors + j / kSize; }
+  __device__ __forceinline__ void add(Part* to, int j, const A (&values)[kSize]) const {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      Part part = to[place(j, p)];
+#pragma unroll
+      for (int k = 0; k < kPart; ++k) part.values[k] += values[p * kPart + k];
+      to[place(j, p)] = part;
+    }
   }
-  __device__ __forceinline__ Vector<A, kSize> dweight(int, int j) const { return Vector<A, kSize>::load(weight + j); }
-  __device__ __forceinline__ Vector<A, kSize> dbias(int, int j) const { return Vector<A, kSize>::load(bias + j); }
+  __device__ __forceinline__ void get(const Part* from, int j, A (&values)[kSize]) const {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      const Part part = from[place(j, p)];
+#pragma unroll
+      for (int k = 0; k < kPart; ++k) values[p * kPart + k] = part.values[k];
+    }
+  }
 };
 
-constexpr int kBackwardThreads = 512;
+// A row on the chip: the threads of a block, with sums for dweight and dbias in registers or in shared memory; or those
+// of a cluster, with sums in registers.
+enum class RowPlace { kBlock, kBlockAndShared, kCluster };
 
-// dx and, in `partial` (one pair of rows of sums per block: dweight, dbias), what the block's rows add to the gradients
-// of the parameters. Blocks take rows in turns.
-template <typename T, typename W, int kSize, int kItems, bool kShared>
+constexpr int kBackwardThreads = 512;
+NORMOPS_HOST_DEVICE constexpr int backward_rows(int size, int items, RowPlace place) {
+  return size > 1 && items < 4 && place != RowPlace::kBlockAndShared ? 4 / items : 1;
+}
+
+// dx and, in `partial`, what the block's rows add to dweight and, behind it, dbias, as far as they are wanted. A block
+// has `rows_per_block` rows, whatever the device, so the sums are the same on all.
+template <typename T, typename W, int kSize, int kItems, RowPlace kPlace>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
-    row_backward_kernel(const RowBackward<T> a, int threads, Acc<T>* partial) {
+    row_backward_kernel(const RowBackward<T> a, int threads_log2, int most, int64_t rows_per_block, Acc<T>* partial) {
   using A = Acc<T>;
-  NORMOPS_SHARED(A, partial_sums, 2 * 2 * kWarp);
+  constexpr bool kShared = kPlace == RowPlace::kBlockAndShared, kCluster = kPlace == RowPlace::kCluster;
+  constexpr int kRows = backward_rows(kSize, kItems, kPlace);
+  NORMOPS_SHARED(A, partial_sums, 2 * 2 * kRows * kWarp);
+  NORMOPS_SHARED(A, told_sums, 2 * 2 * kRows);
   NORMOPS_DYNAMIC_SHARED(A, scratch);
-  const int thread = threadIdx.x % threads, slot = threadIdx.x / threads, slots = blockDim.x / threads;
-  const int length = int(a.length);
-  const double inverse = 1.0 / length;
-  const W* const weight = static_cast<const W*>(a.parameters.weight);
+  const Team team(threads_log2);
+  const Part<kCluster> part(a.length, most);
+  const int length = part.length;
+  const A inverse = reciprocal(A(int(a.length)));
+  const W* const weight = at(static_cast<const W*>(a.parameters.weight), part.begin);
+  const bool want_dweight = bool(a.dweight), want_dbias = bool(a.dbias);
 
   // Where the sums are in shared memory, registers are too few to hold the weight too.
   RowVectors<W, kSize, kShared ? 1 : kItems> w;
-  if (weight && !kShared) w.load(weight, thread, threads, length);
-  const auto scaled = [&](int i, int j, const Vector<T, kSize>& dy) {
-    Vector<A, kSize> g;
+  if (weight && !kShared) w.load(weight, team, length);
+  const auto scaled = [&](int i, int j, const Vector<T, kSize>& dy, A(&g)[kSize]) {
     if (weight) {
       if (kShared) w.items[0] = Vector<W, kSize>::load(weight + j);
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) g.values[k] = dy[k] * w.items[kShared ? 0 : i][k];
+      for (int k = 0; k < kSize; ++k) g[k] = dy[k] * w.items[kShared ? 0 : i][k];
     } else {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) g.values[k] = dy[k];
+      for (int k = 0; k < kSize; ++k) g[k] = dy[k];
     }
-    return g;
   };
-  ParameterSums<A, kSize, kItems, kShared> sums(scratch, thread, threads, length);
+  ParameterSums<A, kSize, kItems, kShared> sums(scratch, team, length);
 
   int parity = 0;
-  for (int64_t first = int64_t(blockIdx.x) * slots; first < a.rows; first += int64_t(gridDim.x) * slots) {
-    const bool active = first + slot < a.rows;
-    const int64_t row = active ? first + slot : 0;
-    const int held = active ? length : 0;
-    RowVectors<T, kSize, kItems> dy, x;
-    dy.load(a.dy.data + row * a.dy.stride, thread, threads, held);
-    x.load(a.x.data + row * a.x.stride, thread, threads, held);
-    const RowCoefficients<A> c(a.mean[row], a.rstd[row]);
-
-    A g_sums[2] = {0, 0};
-    each_vector<kSize, kItems>(thread, threads, held, [&](int i, int j) {
-      const Vector<A, kSize> g = scaled(i, j, dy.items[i]);
-      Vector<A, kSize> dweight, dbias;
+  const int64_t begin = part.block * rows_per_block, end = min(begin + rows_per_block, a.rows);
+  for (int64_t of_block = begin; of_block < end; of_block += team.count * kRows) {
+    const int64_t first = of_block + team.number * kRows;
+    const int rows = int(min(int64_t(kRows), end - first));  // may be none
+    RowVectors<T, kSize, kItems> dy[kRows], x[kRows];
+    const T* from_dy = a.dy.data + first * a.dy.stride + part.begin;
+    const T* from_x = a.x.data + first * a.x.stride + part.begin;
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const A d = x.items[i][k] - c.center;
-        g_sums[0] += g[k];
-        g_sums[1] += g[k] * d;
-        dbias.values[k] = dy.items[i][k];
-        dweight.values[k] = dbias[k] * (d * c.rstd + c.low);
+    for (int r = 0; r < kRows; ++r, from_dy += a.dy.stride, from_x += a.x.stride) {
+      dy[r].load(from_dy, team, r < rows ? length : 0);
+      x[r].load(from_x, team, r < rows ? length : 0);
+    }
+    RowCoefficients<A> c[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = r < rows ? first + r : begin;
+      c[r] = RowCoefficients<A>(a.mean[row], a.rstd[row]);
+    }
+
+    A g_sums[2 * kRows] = {};
+    team.each_vector<kSize, kItems>(length, [&](int i, int j) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) continue;
+        A g[kSize], grad[kSize], grad_xhat[kSize];
+        scaled(i, j, dy[r].items[i], g);
+        A first_sum = 0, second_sum = 0;
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+          const A d = x[r].items[i][k] - c[r].center;
+          first_sum += g[k];
+          second_sum += g[k] * d;
+          grad[k] = dy[r].items[i][k];
+          grad_xhat[k] = grad[k] * (d * c[r].rstd + c[r].low);
+        }
+        g_sums[2 * r] += first_sum;
+        g_sums[2 * r + 1] += second_sum;
+        if (want_dweight) sums.add_weight(i, j, grad_xhat);
+        if (want_dbias) sums.add_bias(i, j, grad);
       }
-      if (partial) sums.add(i, j, dweight, dbias);
     });
     if (a.dx == nullptr) continue;
-    // The sums of one row are read while those of the next are written.
-    sum_threads(g_sums, threads, partial_sums + (parity ^= 1) * 2 * kWarp);
-    const InputGradient gradient = c.gradient(g_sums[0], g_sums[1], inverse, a.centered);
-    const A slope = A(gradient.slope), shift = A(gradient.shift);
-    T* const dx = a.dx + row * a.length;
-    each_vector<kSize, kItems>(thread, threads, held, [&](int i, int j) {
-      const Vector<A, kSize> g = scaled(i, j, dy.items[i]);
-      Vector<T, kSize> out;
+    // The sums of one turn are read while those of the next are written.
+    parity ^= 1;
+    sum_row<kCluster>(g_sums, team, partial_sums + parity * 2 * kRows * kWarp, told_sums + parity * 2 * kRows);
+    T* const dx = a.dx + first * a.length + part.begin;
+    A slope[kRows], shift[kRows];
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) out.values[k] = T(g[k] * c.rstd + ((x.items[i][k] - c.center) * slope + shift));
-      out.store(dx + j);
+    for (int r = 0; r < kRows; ++r) {
+      const auto gradient = c[r].gradient(g_sums[2 * r], g_sums[2 * r + 1], inverse, a.centered);
+      slope[r] = gradient.slope;
+      shift[r] = gradient.shift;
+    }
+    team.each_vector<kSize, kItems>(length, [&](int i, int j) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) continue;
+        A g[kSize], result[kSize];
+        scaled(i, j, dy[r].items[i], g);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+          result[k] = g[k] * c[r].rstd + ((x[r].items[i][k] - c[r].center) * slope[r] + shift[r]);
+        }
+        store_rounded<kSize>(dx + (r * a.length + j), result);
+      }
     });
   }
-  if (partial == nullptr) return;
+  if constexpr (kCluster) cluster_sync();  // the last of the others may still read what this block has told
+  if (!want_dweight && !want_dbias) return;
 
-  A* const block = partial + int64_t(blockIdx.x) * 2 * length;
-  if (slots == 1) {
-    each_vector<kSize, kItems>(thread, threads, length, [&](int i, int j) {
-      sums.dweight(i, j).store(block + j);
-      sums.dbias(i, j).store(block + length + j);
-    });
-    return;
-  }
-  // The rows of a block are added up through shared memory, in order.
-  for (const bool bias : {false, true}) {
-    each_vector<kSize, kItems>(thread, threads, length, [&](int i, int j) {
-      (bias ? sums.dbias(i, j) : sums.dweight(i, j)).store(scratch + slot * length + j);
+  A* const block = partial + part.block * (want_dweight + want_dbias) * a.length + part.begin;
+  A* const block_bias = block + (want_dweight ? a.length : 0);
+  const auto get = [&](bool of_bias, int i, int j, A(&values)[kSize]) {
+    of_bias ? sums.get_bias(i, j, values) : sums.get_weight(i, j, values);
+  };
+#pragma unroll
+  for (const bool of_bias : {false, true}) {
+    if (!(of_bias ? want_dbias : want_dweight)) continue;
+    A* const to = of_bias ? block_bias : block;
+    if (team.count == 1) {
+      team.each_vector<kSize, kItems>(length, [&](int i, int j) {
+        A values[kSize];
+        get(of_bias, i, j, values);
+        Vector<A, kSize>::of(values).store(to + j);
+      });
+      continue;
+    }
+    // The teams of a block are added up through shared memory, in order.
+    team.each_vector<kSize, kItems>(length, [&](int i, int j) {
+      A values[kSize];
+      get(of_bias, i, j, values);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) scratch[team.number * length + j + k] = values[k];
     });
     __syncthreads();
     for (int j = threadIdx.x; j < length; j += blockDim.x) {
       A total = 0;
-      for (int s = 0; s < slots; ++s) total += scratch[s * length + j];
-      block[bias * length + j] = total;
+      for (int s = 0; s < team.count; ++s) total += scratch[s * length + j];
+      to[j] = total;
     }
     __syncthreads();
   }

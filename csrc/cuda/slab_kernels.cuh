@@ -3,188 +3,294 @@
 // The channel engine where all elements that share a statistic (a slab) fit in the registers of one block, in
 // contiguous layout: the three stages in one kernel, and memory is read once.
 //
-// A slab is made of lines, each one channel of one sample, and those of pieces: one vector for each of `lanes` threads.
-// Pieces are dealt to groups of `lanes` threads in turn.
+// A slab is made of lines: the samples of a channel, or the channels of a group. Its vectors are dealt to the threads
+// in turn, wherever in a line they are.
 
 #include "any_array.cuh"
 #include "walk.cuh"
 
 namespace normops::cuda {
 
-template <int kSize, int kItems>
-struct SlabWalk {
-  const Plan& plan;
-  int64_t row, group;
-  int lines, pieces, total;  // pieces of a line, of the slab
-
-  __device__ __forceinline__ explicit SlabWalk(const Plan& plan) : plan(plan) {
-    const int64_t groups = plan.channels / plan.group_size;
-    row = blockIdx.x / groups;
-    group = blockIdx.x - row * groups;
-    pieces = int(plan.cut.pieces);
-    lines = int(plan.over_batch ? plan.cut.total_pieces / plan.cut.pieces : plan.group_size);
-    total = lines * pieces;
-  }
-
-  __device__ __forceinline__ int64_t channel(int line) const {
-    return group * plan.group_size + (plan.over_batch ? 0 : line);
-  }
-
-  // f(item, piece, line, offset of the vector in a tensor), for the vectors that lie in the slab.
-  template <typename F>
-  __device__ __forceinline__ void each(const Strides& strides, F f) const {
-    const int step = blockDim.x / plan.lanes, lane = threadIdx.x % plan.lanes;
-    int piece = threadIdx.x / plan.lanes;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i, piece += step) {
-      const int line = piece / pieces;
-      const int64_t position = (int64_t(piece - line * pieces) * plan.lanes + lane) * kSize;
-      if (piece < total && position < plan.cut.positions) {
-        const int64_t sample = plan.over_batch ? line : row;
-        f(i, piece, line, sample * strides.sample + channel(line) * strides.channel + position);
-      }
-    }
-  }
-
-  __device__ __forceinline__ double count() const { return double(plan.cut.positions) * lines; }
-};
-
 constexpr int kSlabThreads = 512;
 
+// What launchers know of the slabs.
+struct Slabs {
+  Divisor groups;
+  uint32_t lines, count;  // lines and vectors of a slab
+};
+
+template <int kSize>
+struct SlabWalk {
+  const Plan& plan;
+  const Slabs& slabs;
+  int64_t row;
+  uint32_t group;
+
+  __device__ __forceinline__ SlabWalk(const Plan& plan, const Slabs& slabs) : plan(plan), slabs(slabs) {
+    group = blockIdx.x;
+    row = slabs.groups.split(group);
+  }
+
+  __device__ __forceinline__ bool one_channel() const { return plan.group_size == 1; }
+  __device__ __forceinline__ int64_t first_channel() const { return group * plan.group_size; }
+
+  __device__ __forceinline__ Place place(uint32_t thread, int i) const {
+    return place_in_lines<kSize>(thread + i * blockDim.x, slabs.count, plan.by_line);
+  }
+  template <typename T>
+  __device__ __forceinline__ T* start(const ChannelTensor<T>& x) const {
+    return x.data + settled((plan.over_batch ? 0 : row) * x.strides.sample + first_channel() * x.strides.channel);
+  }
+  template <typename T>
+  __device__ __forceinline__ T* at(T* start, const Strides& strides, const Place& place) const {
+    const uint32_t step = uint32_t(plan.over_batch ? strides.sample : strides.channel) * uint32_t(sizeof(T));
+    return byte_offset(start, uint64_t(place.line) * step + uint64_t(place.position) * sizeof(T));
+  }
+  __device__ __forceinline__ double count() const { return double(slabs.count) * kSize; }
+};
+
+// Dynamic shared memory: scale and shift of every channel, where there are several.
 template <typename T, int kSize, int kItems>
-__global__ void __launch_bounds__(kSlabThreads, 1)
-    slab_forward_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
+__global__ void __launch_bounds__(kSlabThreads, kItems <= 8 ? 2 : 1)
+    slab_forward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> x, const ChannelTensor<T> y,
                         const ForwardMerge<Acc<T>> a) {
   using A = Acc<T>;
   NORMOPS_SHARED(A, shared_sums, kWarp);
   NORMOPS_SHARED(A, shared_squares, 2 * kWarp);
-  const SlabWalk<kSize, kItems> walk(plan);
+  NORMOPS_DYNAMIC_SHARED(A, of_channels);
+  const SlabWalk<kSize> walk(plan, slabs);
   const int threads = blockDim.x;
-  const A inverse = A(1 / walk.count());
+  const A inverse = reciprocal(A(slabs.count) * kSize);
+  const T* const x_start = walk.start(x);
 
   Vector<T, kSize> values[kItems];
-  A sum[1] = {0};
-  walk.each(x.strides, [&](int i, int, int, int64_t offset) { values[i] = Vector<T, kSize>::load(x.data + offset); });
-  walk.each(x.strides, [&](int i, int, int, int64_t) {
+  uint32_t thread = this_thread();
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) sum[0] += values[i][k];
-  });
+  for (int i = 0; i < kItems; ++i) {
+    const Place place = walk.place(thread, i);
+    values[i] = Vector<T, kSize>::load_if(place.there, walk.at(x_start, x.strides, place));
+  }
+  // Here and below, elements are unpacked behind a condition, or they would be kept in registers for the next time.
+  A sum[1] = {0};
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (thread + i * threads >= slabs.count) continue;
+    A item = values[i][0];
+#pragma unroll
+    for (int k = 1; k < kSize; ++k) item += values[i][k];
+    sum[0] += item;
+  }
   block_sum(sum, threads, shared_sums);
   const A center = sum[0] * inverse;
+  thread = this_thread();
   A sums[2] = {0, 0};
-  walk.each(x.strides, [&](int i, int, int, int64_t) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (thread + i * threads >= slabs.count) continue;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       const A d = values[i][k] - center;
       sums[0] += d;
       sums[1] += d * d;
     }
-  });
+  }
   block_sum(sums, threads, shared_squares);
   const A low = sums[0] * inverse, var = sums[1] * inverse - low * low;
   const A rstd = reciprocal_std(var, A(a.eps));
   if (threadIdx.x == 0) {
-    a.mean[blockIdx.x] = double(center) + low;
-    a.var[blockIdx.x] = var < A(0) ? A(0) : var;
+    const double mean = double(center) + low, variance = var < A(0) ? A(0) : var;
+    a.mean[blockIdx.x] = mean;
+    a.var[blockIdx.x] = variance;
+    if (a.running.running[0]) move_running(a.running, 0, blockIdx.x, mean);
+    if (a.running.running[1]) move_running(a.running, 1, blockIdx.x, variance);
   }
-  walk.each(y.strides, [&](int i, int, int line, int64_t offset) {
-    const int64_t channel = walk.channel(line);
-    const A scale = rstd * read_as<A>(a.weight, channel), shift = read_as<A>(a.bias, channel) - low * scale;
-    Vector<T, kSize> out;
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) out.values[k] = T((values[i][k] - center) * scale + shift);
-    out.store(y.data + offset);
-  });
-}
-
-// Dynamic shared memory: the sums of every piece, two values each, where the slab has more than one channel.
-template <typename T, int kSize, int kItems>
-__global__ void __launch_bounds__(kSlabThreads, 1)
-    slab_backward_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
-                         const ChannelTensor<T> dx, const BackwardMerge<Acc<T>> a) {
-  using A = Acc<T>;
-  NORMOPS_SHARED(A, shared, 2 * kWarp);
-  NORMOPS_SHARED(double, group_shared, 2 * kWarp);
-  NORMOPS_DYNAMIC_SHARED(A, piece_sums);
-  const SlabWalk<kSize, kItems> walk(plan);
-  const int threads = blockDim.x;
-  const double mean = a.mean[blockIdx.x], rstd = 1 / sqrt(a.var[blockIdx.x] + a.eps);
-  const SplitMean<A> split(mean);
-  const bool one_channel = plan.group_size == 1;
-
-  Vector<T, kSize> grads[kItems], values[kItems];
-  A item_sums[kItems][2] = {};
-  walk.each(dy.strides, [&](int i, int, int, int64_t offset) { grads[i] = Vector<T, kSize>::load(dy.data + offset); });
-  walk.each(x.strides, [&](int i, int, int, int64_t offset) { values[i] = Vector<T, kSize>::load(x.data + offset); });
-  walk.each(x.strides, [&](int i, int, int, int64_t) {
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      item_sums[i][0] += grads[i][k];
-      item_sums[i][1] += grads[i][k] * (values[i][k] - split.center);
-    }
-  });
-
-  const int64_t first_channel = walk.group * plan.group_size, row_start = walk.row * plan.channels;
-  double group_sums[2] = {0, 0};
-  // What a channel's sums of dy and dy * (x - center) mean to the parameters and to the group.
-  const auto finish = [&](int64_t channel, double channel_dy, double channel_dy_x) {
-    const double dy_xhat = (channel_dy_x - split.low * channel_dy) * rstd;
-    const double weight = read_as<double>(a.weight, channel);
-    group_sums[0] += channel_dy * weight;
-    group_sums[1] += dy_xhat * weight;
-    if (one_channel && threadIdx.x > 0) return;
-    if (a.sums) {
-      a.sums[row_start + channel] = dy_xhat;
-      a.sums[plan.rows * plan.channels + row_start + channel] = channel_dy;
-    } else {
-      if (a.dweight) a.dweight[channel] = A(dy_xhat);
-      if (a.dbias) a.dbias[channel] = A(channel_dy);
-    }
-  };
-  if (one_channel) {
-    A totals[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      totals[0] += item_sums[i][0];
-      totals[1] += item_sums[i][1];
-    }
-    block_sum(totals, threads, shared);
-    finish(first_channel, totals[0], totals[1]);
+  const int64_t first = walk.first_channel();
+  A scale = 1, shift = 0;
+  if (walk.one_channel()) {
+    scale = rstd * read_as<A>(a.weight, first);
+    shift = read_as<A>(a.bias, first) - low * scale;
   } else {
-    const int step = threads / plan.lanes, lane = threadIdx.x % plan.lanes;
-    int piece = threadIdx.x / plan.lanes;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i, piece += step) {
-      sum_lanes(item_sums[i], plan.lanes);
-      if (lane == 0 && piece < walk.total) {
-        piece_sums[2 * piece] = item_sums[i][0];
-        piece_sums[2 * piece + 1] = item_sums[i][1];
-      }
+    for (uint32_t line = threadIdx.x; line < slabs.lines; line += threads) {
+      const A of_line = rstd * read_as<A>(a.weight, first + line);
+      of_channels[2 * line] = of_line;
+      of_channels[2 * line + 1] = read_as<A>(a.bias, first + line) - low * of_line;
     }
     __syncthreads();
-    for (int line = threadIdx.x; line < walk.lines; line += threads) {
-      double channel_dy = 0, channel_dy_x = 0;
-      for (int p = line * walk.pieces; p < (line + 1) * walk.pieces; ++p) {
-        channel_dy += piece_sums[2 * p];
-        channel_dy_x += piece_sums[2 * p + 1];
-      }
-      finish(first_channel + line, channel_dy, channel_dy_x);
+  }
+  T* const y_start = walk.start(y);
+  thread = this_thread();
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const Place place = walk.place(thread, i);
+    if (!place.there) continue;
+    if (!walk.one_channel()) {
+      scale = of_channels[2 * place.line];
+      shift = of_channels[2 * place.line + 1];
     }
-    block_sum(group_sums, threads, group_shared);
+    A result[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) result[k] = (values[i][k] - center) * scale + shift;
+    store_rounded<kSize>(walk.at(y_start, y.strides, place), result);
+  }
+}
+
+// Where the sums of lines are collected: a line's vectors are in so many units, the 32 vectors of a warp.
+struct LineUnits {
+  uint32_t line_vectors, most;  // units of a line
+
+  NORMOPS_HOST_DEVICE explicit LineUnits(uint32_t line_vectors)
+      : line_vectors(line_vectors),
+        most(line_vectors % kWarp == 0 ? line_vectors / kWarp : (line_vectors + kWarp - 2) / kWarp + 1) {}
+
+  NORMOPS_HOST_DEVICE uint32_t first(uint32_t line) const { return line * line_vectors / kWarp; }
+  NORMOPS_HOST_DEVICE uint32_t count(uint32_t line) const {
+    return ((line + 1) * line_vectors - 1) / kWarp - first(line) + 1;
+  }
+};
+
+// The sums of the lanes whose vectors lie in one line, in the first of them; returns whether this is it.
+template <typename A>
+__device__ __forceinline__ bool sum_lines(A (&terms)[2], uint32_t along, uint32_t line_vectors) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  // Of the first lane: how far the line goes on.
+  if (__shfl_sync(kAllLanes, line_vectors - along, 0) >= kWarp) {
+    sum_lanes(terms, kWarp);
+    return lane == 0;
+  }
+#pragma unroll
+  for (uint32_t distance = 1; distance < kWarp; distance *= 2) {
+    const A first = __shfl_down_sync(kAllLanes, terms[0], distance);
+    const A second = __shfl_down_sync(kAllLanes, terms[1], distance);
+    if (lane + distance < kWarp && along + distance < line_vectors) {
+      terms[0] += first;
+      terms[1] += second;
+    }
+  }
+  return lane == 0 || along == 0;
+}
+
+// Dynamic shared memory, where there are several channels: the sums of every line in every unit, and the scale of every
+// channel.
+template <typename T, int kSize, int kItems>
+__global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 2 : 1)
+    slab_backward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> dy,
+                         const ChannelTensor<const T> x, const ChannelTensor<T> dx, const BackwardMerge<Acc<T>> a) {
+  using A = Acc<T>;
+  NORMOPS_SHARED(A, shared, 2 * kWarp);
+  NORMOPS_SHARED(A, told, 5);
+  NORMOPS_SHARED(double, exact, 2);
+  NORMOPS_DYNAMIC_SHARED(A, of_lines);
+  const SlabWalk<kSize> walk(plan, slabs);
+  const int threads = blockDim.x;
+  const LineUnits units(plan.by_line.divisor());
+  A* const scales = of_lines + 2 * slabs.lines * units.most;
+
+  Vector<T, kSize> grads[kItems], values[kItems];
+  const T* const dy_start = walk.start(dy);
+  const T* const x_start = walk.start(x);
+  uint32_t thread = this_thread();
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const Place place = walk.place(thread, i);
+    grads[i] = Vector<T, kSize>::load_if(place.there, walk.at(dy_start, dy.strides, place));
+    values[i] = Vector<T, kSize>::load_if(place.there, walk.at(x_start, x.strides, place));
+  }
+  if (threadIdx.x == 0) {
+    const SplitMean<A> split(a.mean[blockIdx.x]);
+    exact[0] = split.low;
+    exact[1] = 1 / sqrt(a.var[blockIdx.x] + a.eps);
+    told[0] = split.center;
+    told[1] = A(split.low);
+    told[2] = A(exact[1]);
+  }
+  __syncthreads();
+  const A center = told[0], low = told[1], rstd = told[2];
+
+  const int64_t first = walk.first_channel(), row_start = walk.row * plan.columns;
+  // What a channel's sums of dy and dy * (x - center) mean to the parameters; g and g * xhat are left in the sums.
+  const auto finish = [&](uint32_t line, A(&sums)[2], A weight) {
+    const A dy_xhat = (sums[1] - low * sums[0]) * rstd;
+    const int64_t channel = first + line;
+    if (a.sums) {
+      a.sums[row_start + channel] = dy_xhat;
+      a.sums[plan.rows * plan.columns + row_start + channel] = sums[0];
+    } else {
+      if (a.dweight) write_as(a.dweight, channel, dy_xhat);
+      if (a.dbias) write_as(a.dbias, channel, sums[0]);
+    }
+    sums[0] *= weight;
+    sums[1] = dy_xhat * weight;
+  };
+  A group_sums[2] = {0, 0}, scale = 0;
+  thread = this_thread();
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    A sums[2] = {0, 0};
+    if (thread + i * threads < slabs.count) {  // unpacked behind a condition: not kept in registers
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        sums[0] += grads[i][k];
+        sums[1] += grads[i][k] * (values[i][k] - center);
+      }
+    }
+    if (walk.one_channel()) {
+      group_sums[0] += sums[0];
+      group_sums[1] += sums[1];
+      continue;
+    }
+    uint32_t along = thread + i * threads;
+    const uint32_t unit = along / kWarp, line = plan.by_line.split(along);
+    if (sum_lines(sums, along, units.line_vectors) && line < slabs.lines) {
+      A* const slot = of_lines + 2 * (line * units.most + unit - units.first(line));
+      slot[0] = sums[0];
+      slot[1] = sums[1];
+    }
+  }
+  if (walk.one_channel()) {
+    block_sum(group_sums, threads, shared);
+    const A weight = read_as<A>(a.weight, first);
+    scale = rstd * weight;
+    if (threadIdx.x == 0) finish(0, group_sums, weight);
+  } else {
+    __syncthreads();
+    for (uint32_t line = threadIdx.x; line < slabs.lines; line += threads) {
+      double line_dy = 0, line_dy_x = 0;
+      const A* const slots = of_lines + 2 * line * units.most;
+      const uint32_t count = units.count(line);
+      for (uint32_t u = 0; u < count; ++u) {
+        line_dy += slots[2 * u];
+        line_dy_x += slots[2 * u + 1];
+      }
+      A sums[2] = {A(line_dy), A(line_dy_x)};
+      const A weight = read_as<A>(a.weight, first + line);
+      scales[line] = rstd * weight;
+      finish(line, sums, weight);
+      group_sums[0] += sums[0];
+      group_sums[1] += sums[1];
+    }
+    block_sum(group_sums, threads, shared);
   }
   if (dx.data == nullptr) return;
-  const double n = walk.count();
-  const InputGradient gradient(rstd, split.low, group_sums[0] / n, group_sums[1] / n, /*centered=*/true);
-  const A slope = A(gradient.slope), shift = A(gradient.shift);
-  walk.each(dx.strides, [&](int i, int, int line, int64_t offset) {
-    const A scale = A(rstd) * read_as<A>(a.weight, walk.channel(line));
-    Vector<T, kSize> out;
+  if (threadIdx.x == 0) {
+    const double n = walk.count();
+    const InputGradient gradient(exact[1], exact[0], group_sums[0] / n, group_sums[1] / n, /*centered=*/true);
+    told[3] = A(gradient.slope);
+    told[4] = A(gradient.shift);
+  }
+  __syncthreads();
+  const A slope = told[3], shift = told[4];
+  T* const dx_start = walk.start(dx);
+  thread = this_thread();
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      out.values[k] = T(grads[i][k] * scale + ((values[i][k] - split.center) * slope + shift));
-    }
-    out.store(dx.data + offset);
-  });
+  for (int i = 0; i < kItems; ++i) {
+    const Place place = walk.place(thread, i);
+    if (!place.there) continue;
+    if (!walk.one_channel()) scale = scales[place.line];
+    A result[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) result[k] = grads[i][k] * scale + ((values[i][k] - center) * slope + shift);
+    store_rounded<kSize>(walk.at(dx_start, dx.strides, place), result);
+  }
 }
 
 }  // namespace normops::cuda

@@ -87,6 +87,13 @@ def main():
             steps.run(tool, [*command, *pytest, *SELECTION], 50, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         else:
             steps.say(f"{tool}: compute-sanitizer is not installed")
+    if ncu := shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu"):
+        metrics = "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active"
+        sections = ["--section", "SpeedOfLight", "--section", "Occupancy", "--section", "WarpStateStats"]
+        command = [ncu, "--metrics", metrics, *sections, "--launch-count", "40", "--kernel-name", "regex:.*_kernel"]
+        steps.run("ncu", [*command, python, "-m", "bench.gpu", "--hottest"], 60, needed=False)
+    else:
+        steps.say("ncu: not installed")
     seconds = steps.left() - 30
     benchmark = [python, "-m", "bench.gpu", "--output", str(steps.folder), "--seconds", f"{seconds:.0f}"]
     steps.run("benchmark", benchmark, steps.left())

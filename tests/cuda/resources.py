@@ -1,7 +1,7 @@
-"""Registers, spills and shared memory of every CUDA kernel, as ptxas reported them when they were built.
+"""Registers, spills and shared memory of every CUDA kernel, and what its machine code says of its speed (sass.py).
 
-``python tests/cuda/resources.py build`` compares them with the table beside this file and fails if a kernel
-spills more than it says; ``--update`` writes the table anew.
+``python tests/cuda/resources.py build`` compares them with the table beside this file and fails, naming the kernel, if
+one got worse; ``--update`` writes the table anew.
 """
 
 import argparse
@@ -10,8 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import sass
+
 TABLE = Path(__file__).with_suffix(".txt")
 FIELDS = ["registers", "spilled", "stack", "shared"]  # bytes, but for the registers
+READ = ["80", "90"]  # architectures whose machine code is read
+
+# What is worse: less or more of it, and by which factor before it counts.
+LESS = {"blocks": 1, "flight": 1}
+MORE = {"spilled": 1, "waits": 1, "narrow": 1, "divisions": 1, "fp64": 1, "instructions": 1.05}
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -22,11 +29,13 @@ def short(name):
     """``void normops::cuda::f<float, (normops::Layout)0, 4>(...)`` without what all have in common."""
     name = re.sub(r"^void |normops::cuda::|c10::", "", name).replace("(normops::Layout)0", "contiguous")
     name = re.sub(r"\(normops::Layout\)1", "channels_last", name)
+    for number, place in enumerate(("block", "shared", "cluster")):
+        name = name.replace(f"(RowPlace){number}", place)
     return re.sub(r"\([^()]*(?:\([^()]*\)[^()]*)*\)$", "", name).replace(", ", ",")
 
 
 def resources(logs):
-    """(kernel, architecture) -> its fields."""
+    """(mangled kernel, architecture) -> its fields, as ptxas reported them."""
     found, entry = {}, None
     for line in (line for log in logs for line in log.read_text().splitlines()):
         if match := ENTRY.search(line):
@@ -36,6 +45,19 @@ def resources(logs):
             entry |= {"stack": stack, "spilled": stores + loads}
         elif match := USED.search(line):
             entry |= {"registers": int(match[1]), "shared": int(match[2] or 0)}
+    return found
+
+
+def add_machine_code(found, tool, objects):
+    for path in objects:
+        figures, threads = sass.read(tool, path)
+        for key, of_kernel in figures.items():
+            if key in found and key[1] in READ:
+                blocks = sass.blocks(key[1], threads.get(key, 1024), found[key]["registers"])
+                found[key] |= {"blocks": blocks, **of_kernel}
+
+
+def readable(found):
     names = subprocess.run(
         ["c++filt"], input="\n".join(k for k, _ in found), capture_output=True, text=True, check=True
     )
@@ -43,17 +65,33 @@ def resources(logs):
     return {(name, arch): fields for name, (_, arch), fields in zip(demangled, found, found.values(), strict=True)}
 
 
-def write(table):
-    rows = [("kernel", "sm", *FIELDS)]
-    rows += [(*key, *map(str, fields.values())) for key, fields in sorted(table.items())]
+def write(table, path):
+    fields = [*FIELDS, *sass.FIELDS]
+    rows = [("kernel", "sm", *fields)]
+    rows += [(*key, *(str(values.get(field, "-")) for field in fields)) for key, values in sorted(table.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    TABLE.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def read():
-    rows = [line.split() for line in TABLE.read_text().splitlines()[1:]]
-    return {(name, arch): dict(zip(FIELDS, map(int, values), strict=True)) for name, arch, *values in rows}
+    head, *rows = (line.split() for line in TABLE.read_text().splitlines())
+    return {
+        (name, arch): {field: int(value) for field, value in zip(head[2:], values, strict=True) if value != "-"}
+        for name, arch, *values in rows
+    }
+
+
+def problems(found, known):
+    """What got worse, a sentence for each."""
+    for key, fields in found.items():
+        before = known.get(key, {"spilled": 0, "divisions": 0})
+        for field, factor in (LESS | MORE).items():
+            if field not in fields or field not in before:
+                continue
+            now, then = fields[field], before[field]
+            if now < then if field in LESS else now > then * factor:
+                yield f"{key[0]} for sm_{key[1]}: {field} {now}, {then} in the table"
 
 
 def main():
@@ -65,21 +103,21 @@ def main():
     if not folders:
         sys.exit(f"no kernels were built in {arguments.build}")
     found = resources(sorted(folders[-1].glob("*.ptxas")))
+    if tool := sass.cuobjdump():
+        add_machine_code(found, tool, sorted(folders[-1].glob("*.o")))
+    else:
+        print("cuobjdump, which comes with CUDA's toolkit and with Triton, is missing: machine code is not read")
+    found = readable(found)
     if arguments.update:
-        write(found)
-    known = read()
-    problems = []
-    for key, fields in found.items():
-        allowed = known.get(key, {}).get("spilled", 0)
-        if fields["spilled"] > allowed:
-            problems.append(f"{key[0]} for sm_{key[1]} spills {fields['spilled']} bytes, {allowed} in the table")
+        write(found, TABLE)
+    worse = list(problems(found, read()))
     spilling = [key for key, fields in found.items() if fields["spilled"]]
     architectures = sorted({arch for _, arch in found}, key=lambda arch: int(re.sub(r"\D", "", arch)))
     kernels, most = len({name for name, _ in found}), max(fields["registers"] for fields in found.values())
     where = ", ".join(f"sm_{arch}" for arch in architectures)
     print(f"{kernels} kernels for {where}: at most {most} registers, {len(spilling)} of {len(found)} spill")
-    if problems:
-        sys.exit("\n".join(problems))
+    if worse:
+        sys.exit("\n".join([*worse, f"if that is as it should be: {Path(__file__).name} --update"]))
 
 
 if __name__ == "__main__":

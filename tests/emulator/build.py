@@ -21,6 +21,17 @@ VARIANTS = {
     "plain": ([], [], []),
     "ucontext": (["-DNORMOPS_EMULATOR_UCONTEXT"], [], []),
     "asan": (["-DNORMOPS_EMULATOR_ASAN"], ["-fsanitize=address"], ["-fsanitize=address"]),
+    # A call for every access, which the emulator counts (traffic.h).
+    "counting": (
+        [],
+        [
+            "-fsanitize=kernel-address",
+            "--param asan-instrumentation-with-call-threshold=0",
+            "--param asan-stack=0",
+            "--param asan-globals=0",
+        ],
+        [],
+    ),
     "tsan": (["-DNORMOPS_EMULATOR_TSAN"], ["-fsanitize=thread"], ["-fsanitize=thread"]),
 }
 
@@ -46,7 +57,7 @@ def build(name, kernels, others=(), variant="plain", torch=False):
     for_emulator, for_kernels, for_linker = VARIANTS[variant]
     includes, libraries = _torch_flags() if torch else ([], [])
     flags = [*FLAGS, *DEFINES, *includes]
-    sources = {HERE / "emulator.cpp": [*flags, *for_emulator], HERE / "device.cpp": flags}
+    sources = {HERE / "emulator.cpp": [*flags, *for_emulator], HERE / "device.cpp": flags, HERE / "traffic.cpp": flags}
     sources |= {Path(path): [*flags, CHECKS, *for_kernels, "-x c++"] for path in kernels}
     sources |= {Path(path): flags for path in others}
 

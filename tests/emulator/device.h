@@ -2,6 +2,7 @@
 
 // The device that is emulated: what it allows a launch, and what is known of each kernel.
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -48,6 +49,8 @@ struct Settings {
   int multiprocessors = 3;
   // Threads and blocks run in an order drawn from the seed; with 0, in the order of their numbers.
   uint64_t seed = std::stoull(environment("NORMOPS_EMULATOR_SEED", "1"));
+  // Launches are checked and counted, and nothing is run.
+  bool dry = false;
 };
 
 inline Settings& settings() {
@@ -55,9 +58,19 @@ inline Settings& settings() {
   return value;
 }
 
+// What was moved, where accesses are counted (traffic.cpp).
+struct Traffic {
+  int64_t read = 0, written = 0;                    // bytes of global memory that threads asked for
+  int64_t sectors_read = 0, sectors_written = 0;    // of 32 bytes, that the accesses of a warp together touch
+  int64_t distinct_read = 0, distinct_written = 0;  // sectors of each launch
+  int64_t chain = 0;                                // most global loads of one thread
+  int64_t shared = 0, conflicts = 0;  // accesses of warps to shared memory, and how many more turns they take
+};
+
 struct Kernel {
   std::map<cudaFuncAttribute, int> attributes;
   int64_t launches = 0, blocks = 0, threads = 0, barriers = 0, exchanges = 0;
+  Traffic traffic;
 
   int attribute(cudaFuncAttribute name, int otherwise) const {
     const auto found = attributes.find(name);

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "state.h"
+#include "traffic.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -328,6 +329,7 @@ void tear_down(Launch& launch) {
       launch.retired.push_back(std::move(array));
 #endif
     }
+  end_of_block(launch.counts.traffic);
   launch.counts.blocks += int64_t(launch.blocks.size());
   launch.counts.threads += int64_t(launch.threads.size());
 }
@@ -355,7 +357,14 @@ void run(const void* kernel, const cuda::LaunchConfig& config, void (*body)(void
       current = nullptr;
     }
   } guard(&launch);
+  forget_accesses();
   check_limits(config, launch.counts);
+  if (settings().dry) {
+    ++launch.counts.launches;
+    launch.counts.blocks += int64_t(volume(config.grid));
+    launch.counts.threads += int64_t(volume(config.grid) * volume(config.block));
+    return;
+  }
   blockDim = config.block;
   gridDim = config.grid;
   const uint64_t blocks = volume(config.grid), together = config.cooperative ? blocks : config.cluster;
@@ -367,6 +376,7 @@ void run(const void* kernel, const cuda::LaunchConfig& config, void (*body)(void
     run_threads(launch);
     tear_down(launch);
   }
+  end_of_launch(launch.counts.traffic);
   ++launch.counts.launches;
 }
 
@@ -382,6 +392,9 @@ uint64_t warp_meeting(Scope scope, const char* name, unsigned mask, uint64_t val
 }
 
 unsigned lane() { return running->lane(); }
+
+Thread* running_thread() { return running; }
+Launch* running_launch() { return current; }
 
 void yield() { to_scheduler(); }
 
@@ -461,14 +474,28 @@ void normops_emulator_device(const char* name, int multiprocessors) {
   settings().multiprocessors = multiprocessors;
 }
 
-// A line for every instantiation that was launched: launches, blocks, threads, barriers, exchanges, name.
+void normops_emulator_dry(bool dry) { normops::emulator::settings().dry = dry; }
+
+// Counts begin at 0 again.
+void normops_emulator_clear() {
+  for (auto& [kernel, counts] : normops::emulator::kernels()) {
+    auto attributes = std::move(counts.attributes);
+    counts = {};
+    counts.attributes = std::move(attributes);
+  }
+}
+
+// A line for every instantiation that was launched: launches, blocks, threads, barriers, exchanges, traffic, name.
 const char* normops_emulator_report() {
   using namespace normops::emulator;
   static std::string report;
   report.clear();
   for (const auto& [kernel, counts] : kernels()) {
     if (!counts.launches) continue;
-    for (const int64_t count : {counts.launches, counts.blocks, counts.threads, counts.barriers, counts.exchanges})
+    const Traffic& t = counts.traffic;
+    for (const int64_t count :
+         {counts.launches, counts.blocks, counts.threads, counts.barriers, counts.exchanges, t.read, t.written,
+          t.sectors_read, t.sectors_written, t.distinct_read, t.distinct_written, t.chain, t.shared, t.conflicts})
       report += std::to_string(count) + " ";
     report += kernel_name(kernel) + "\n";
   }

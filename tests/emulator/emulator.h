@@ -57,7 +57,7 @@ struct dim3 {
 
 // ---- The runtime, as far as launchers need it -----------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoKernelImageForDevice = 209 };
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaDeviceAttr {

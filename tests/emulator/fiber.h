@@ -27,12 +27,13 @@
 namespace normops::emulator {
 
 #ifndef NORMOPS_EMULATOR_UCONTEXT
-// Saves the registers that a function call keeps and the stack pointer, and takes up another stack's.
+// Saves the registers that a function call keeps and the stack pointer, and takes up another stack's. Weak, as every
+// file that includes this has it.
 extern "C" void normops_emulator_switch(void** from, void* to);
 asm(R"(
 .pushsection .text
 .hidden normops_emulator_switch
-.globl normops_emulator_switch
+.weak normops_emulator_switch
 .type normops_emulator_switch, @function
 normops_emulator_switch:
   pushq %rbp
@@ -61,6 +62,9 @@ class Fiber {
 
   // The fiber of whoever runs already: the scheduler.
   Fiber() = default;
+
+  // Whether the address is on this stack.
+  bool holds(uint64_t address) const { return address - reinterpret_cast<uint64_t>(bottom_) < bytes_; }
 
   // A stack, with a page below it that faults when it overflows. The stack is used again by every `start`.
   explicit Fiber(size_t stack_bytes) : owns_(true), bytes_(stack_bytes) {

@@ -1,5 +1,6 @@
 """A library made by ``build``: its settings and what it has counted."""
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -14,6 +15,18 @@ class Launches:
     threads: int
     barriers: int
     exchanges: int
+    # Counted in the variant "counting" alone. Bytes of global memory that threads ask for; sectors of 32 bytes that the
+    # accesses of a warp touch, and different ones of a launch; the most loads of one thread; accesses of warps to
+    # shared memory, and the turns that these take more than they would in different banks.
+    read: int
+    written: int
+    sectors_read: int
+    sectors_written: int
+    distinct_read: int
+    distinct_written: int
+    chain: int
+    shared: int
+    conflicts: int
     name: str
 
     @property
@@ -34,6 +47,7 @@ class Library:
         self.functions = ctypes.CDLL(str(path))
         self.functions.normops_emulator_seed.argtypes = [ctypes.c_uint64]
         self.functions.normops_emulator_device.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        self.functions.normops_emulator_dry.argtypes = [ctypes.c_bool]
         self.functions.normops_emulator_report.restype = ctypes.c_char_p
 
     def seed(self, seed=None):
@@ -49,4 +63,19 @@ class Library:
     def report(self):
         """What was run, instantiation by instantiation."""
         lines = self.functions.normops_emulator_report().decode().splitlines()
-        return [Launches(*map(int, fields[:5]), fields[5]) for fields in (line.split(" ", 5) for line in lines)]
+        numbers = len(dataclasses.fields(Launches)) - 1
+        split = (line.split(" ", numbers) for line in lines)
+        return [Launches(*map(int, fields[:numbers]), fields[numbers]) for fields in split]
+
+    def clear(self):
+        """Counts begin at 0 again."""
+        self.functions.normops_emulator_clear()
+
+    @contextlib.contextmanager
+    def dry(self):
+        """Within, launches are checked and counted, and nothing is run: outputs are left as they were allocated."""
+        self.functions.normops_emulator_dry(True)
+        try:
+            yield
+        finally:
+            self.functions.normops_emulator_dry(False)

@@ -117,6 +117,27 @@ def test_report(toys):
     assert "void toys::center<double>(float const*, float*, long)" in after
 
 
+def test_a_dry_launch_runs_nothing(toys):
+    toys.clear()
+    with toys.dry():
+        assert not any(toys.run("center", rows=3))
+        assert "has 232448" in message(toys, "ask_for_228_kib")
+    (counts,) = toys.report()
+    assert (counts.launches, counts.blocks, counts.threads, counts.barriers) == (1, 3, 3 * 64, 0)
+
+
+def test_traffic():
+    """One of two numbers out of whole sectors; a column of shared memory, of which a bank gives one word at a time."""
+    toys = Toys(build("toys", [SOURCE], variant="counting"))
+    assert toys.run("every_other")[:32] == list(range(1, 64, 2))
+    counts = {launches.kernel: launches for launches in toys.report()}["toys::every_other"]
+    assert (counts.read, counts.written) == (4 * 32, 4 * 32)
+    assert counts.sectors_read == counts.distinct_read and counts.sectors_read in (8, 9)  # as x lies in memory
+    assert counts.sectors_written in (4, 5)
+    assert counts.chain == 1
+    assert (counts.shared, counts.conflicts) == (2, 2 * 31)
+
+
 # ---- Barriers ----
 
 

@@ -53,6 +53,14 @@ __global__ void __launch_bounds__(256) center(const float* x, float* y, int64_t 
     out[i] = make_float4(row[i].x - mean, row[i].y - mean, row[i].z - mean, row[i].w - mean);
 }
 
+// Reads every other of 64 numbers, and writes them through columns of shared memory that all lie in one bank.
+__global__ void every_other(const float* x, float* y) {
+  NORMOPS_SHARED(float, column, 32 * 32);
+  column[threadIdx.x * 32] = x[2 * threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = column[threadIdx.x * 32];
+}
+
 // What every lane gets from each exchange. x: 32 values; y: (10, 32).
 __global__ void exchanges(const float* x, float* y) {
   const int lane = int(threadIdx.x);
@@ -347,6 +355,8 @@ const std::map<std::string, void (*)(Arguments)> kToys = {
     TOY(grid_sync_alone, 1, 1, 0),
     TOY(much_static_memory, 1, 1, 0),
     TOY(static_and_dynamic, 1, 1, 48 << 10),
+
+    {"every_other", [](Arguments a) { launch(every_other, {1, 32}, nullptr, a.x, a.y); }},
 
     {"many_threads", [](Arguments) { shaped(1, {32, 33}); }},
     {"deep_block", [](Arguments) { shaped(1, {1, 1, 65}); }},

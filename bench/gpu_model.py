@@ -1,0 +1,197 @@
+"""``python -m bench.gpu_model``: what the CUDA kernels would take on cards that are not here. A prediction, no result.
+
+The launchers are run for the shapes of ``bench.gpu`` on an emulator that checks and counts launches and executes
+nothing, so launches, blocks and threads are those of a card. Registers, instructions and loads in flight are those of
+the compiled kernels (tests/cuda/resources.txt). A kernel takes as long as the slowest of
+
+- its bytes at the bandwidth of a copy (what a stage before has left in half of the second-level cache, at that of the
+  cache),
+- its reads at what the threads that fit have under way, divided by the latency of memory,
+- its instructions at a rate that such code reaches,
+
+where two that are near each other add up to somewhat more (a mean of fourth powers), and a start and an end. Of
+statistics, coefficients and partial sums only the launches count.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import normops
+from bench.cases import Case
+from bench.gpu import TRAFFIC, cases
+
+ROOT = Path(__file__).parent.parent
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests/cuda")]
+import resources  # noqa: E402
+from emulator import backend  # noqa: E402
+
+POWER = 4  # of the mean of what limits a kernel
+INSTRUCTIONS_PER_CLOCK = 2.6  # of a multiprocessor, which could issue 4
+SECONDS_PER_LAUNCH = 1.5e-6  # to start and to drain, in a graph
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    emulated: str  # its architecture, as the emulator has it
+    compiled: str  # the architecture whose machine code stands for it
+    multiprocessors: int
+    clock: float
+    bandwidth: float  # of a copy, reading and writing
+    latency: float
+    cache: float  # bytes of the second level
+    cache_bandwidth: float
+
+
+CARDS = [
+    Card("A100", "sm_80", "80", 108, 1.41e9, 1.75e12, 0.65e-6, 40e6, 4.0e12),
+    Card("H100", "sm_90", "90", 132, 1.75e9, 3.0e12, 0.75e-6, 50e6, 5.5e12),
+    Card("H200", "sm_90", "90", 132, 1.9e9, 4.3e12, 0.75e-6, 50e6, 5.5e12),
+    Card("RTX 4090", "sm_89", "80", 128, 2.5e9, 0.92e12, 0.6e-6, 72e6, 4.0e12),
+]
+
+# How often a kernel reads and writes the elements of the input, and how often of these it reads what the stage before
+# has just read.
+PASSES = {
+    "moments": (1, 0, 0),
+    "grad_sums": (2, 0, 0),
+    "apply": (1, 1, 1),
+    "grad_apply": (2, 1, 2),
+    "slab_forward": (1, 1, 0),
+    "slab_backward": (2, 1, 0),
+    "row_forward": (1, 1, 0),
+    "row_backward": (2, 1, 0),
+    "long_row_backward": (2, 1, 2),
+}
+
+
+def vectors_at_once(kernel, arguments):
+    """Vectors of all tensors that the listed instructions of a kernel read: an unrolled loop over memory."""
+    if kernel.startswith("slab"):
+        return int(arguments[2]) * (2 if kernel == "slab_backward" else 1)
+    if kernel == "row_forward":
+        return max(int(arguments[3]), 8) if arguments[2] != "1" else int(arguments[3])
+    if kernel == "row_backward":
+        return 2 * (max(int(arguments[3]), 4) if arguments[2] != "1" else int(arguments[3]))
+    return 16 * PASSES[kernel][0]
+
+
+def vector_bytes(kernel, arguments, element_size):
+    size = {"slab": 1, "row_": 2, "long": 1}.get(kernel[:4], 2)
+    return int(arguments[size]) * element_size
+
+
+@dataclass
+class Prediction:
+    kernel: str
+    seconds: float
+    limit: str
+
+
+def predict_kernel(card, launches, table, tensor_bytes, element_size, warm):
+    """``warm``: a stage before has read the same tensors."""
+    name = resources.short(launches.name)
+    short, _, rest = name.partition("_kernel")
+    if short not in PASSES:
+        return Prediction(short, launches.launches * SECONDS_PER_LAUNCH, "launch")
+    arguments = rest.strip("<>").split(",")
+    figures = table[name, card.compiled]
+    reads, writes, again = PASSES[short]
+    blocks, threads = launches.blocks / launches.launches, launches.threads / launches.blocks
+    resident = max(1, min(65536 // (-(-figures["registers"] // 8) * 8 * threads), 2048 // threads, 32))
+    resident = min(resident * card.multiprocessors, blocks)
+    cached = min(1.0, card.cache / 2 / tensor_bytes / again) if warm and again else 0.0
+    far = (reads - again * cached + writes) * tensor_bytes
+    near = again * cached * tensor_bytes
+    of_vector = vector_bytes(short, arguments, element_size)
+    in_flight = resident * threads * figures["flight"] * of_vector
+    warps_at_work = min(1.0, blocks / card.multiprocessors)
+    vectors = reads * tensor_bytes / of_vector
+    instructions = figures["instructions"] / vectors_at_once(short, arguments) * vectors / 32
+    limits = {
+        "bandwidth": far / card.bandwidth + near / card.cache_bandwidth,
+        "latency": reads * tensor_bytes / (in_flight / card.latency),
+        "instructions": instructions / (INSTRUCTIONS_PER_CLOCK * card.clock * card.multiprocessors * warps_at_work),
+    }
+    seconds = sum(limit**POWER for limit in limits.values()) ** (1 / POWER)
+    limit = max(limits, key=limits.get) if seconds > SECONDS_PER_LAUNCH else "launch"
+    return Prediction(short, seconds + SECONDS_PER_LAUNCH, limit)
+
+
+def launches_of(case, card):
+    """The launches of (forward, backward), each in the order of the kernels' names; the bytes of the input."""
+    library = backend.library()
+    library.device(card.emulated, card.multiprocessors)
+    layer = normops.convert(case.make_layer())
+    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    x = torch.empty(case.shape, dtype=getattr(torch, case.dtype)).contiguous(memory_format=memory_format)
+    passes = []
+    with backend.entered(), library.dry():
+        library.clear()
+        y = layer(x.requires_grad_())
+        passes.append(library.report())
+        library.clear()
+        y.backward(torch.empty_like(y))
+        passes.append(library.report())
+    library.device()
+    return passes, x.numel() * x.element_size()
+
+
+def predict(case, card, table):
+    """(pass, bytes, floor, kernels) of both passes. The floor moves every byte once, in one launch."""
+    passes, size = launches_of(case, card)
+    element = torch.finfo(getattr(torch, case.dtype)).bits // 8
+    for name, traffic, ran in zip(("forward", "backward"), TRAFFIC, passes, strict=True):
+        warm = any(launches.kernel.split("::")[-1] in ("moments_kernel", "grad_sums_kernel") for launches in ran)
+        kernels = [predict_kernel(card, launches, table, size, element, warm) for launches in ran]
+        floor = traffic * size / card.bandwidth + SECONDS_PER_LAUNCH
+        yield name, traffic * size, floor, sum(launches.launches for launches in ran), kernels
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_model", description=__doc__.splitlines()[0])
+    parser.add_argument("--cards", nargs="+", choices=[card.name for card in CARDS], default=[c.name for c in CARDS])
+    parser.add_argument("--match", default="", help="only cases with this in their name")
+    parser.add_argument("--json", type=Path, help="write all of it to this file")
+    arguments = parser.parse_args()
+    table, rows = resources.read(), []
+    print("**A prediction, made without a card.**\n")
+    print("| card | case | pass | launches | predicted µs | over floor | limits |\n|---|---|---|---|---|---|---|")
+    for card in CARDS:
+        if card.name not in arguments.cards:
+            continue
+        for planned in cases():
+            case = Case(planned.layer, planned.shape, planned.dtype, planned.layout, "cpu")
+            if arguments.match not in case.name:
+                continue
+            for what, traffic, floor, launches, kernels in predict(case, card, table):
+                seconds = sum(kernel.seconds for kernel in kernels)
+                slowest = max(kernels, key=lambda kernel: kernel.seconds)
+                name = case.name.removesuffix(" cpu")
+                rows.append(
+                    {
+                        "card": card.name,
+                        "case": name,
+                        "pass": what,
+                        "bytes": traffic,
+                        "launches": launches,
+                        "predicted_us": 1e6 * seconds,
+                        "over_floor": seconds / floor,
+                        "limit": f"{slowest.kernel}: {slowest.limit}",
+                    }
+                )
+                row = rows[-1]
+                figures = f"{launches} | {row['predicted_us']:.1f} | {row['over_floor']:.2f}"
+                print(f"| {card.name} | {name} | {what} | {figures} | {row['limit']} |", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"prediction": True, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

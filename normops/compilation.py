@@ -87,7 +87,7 @@ def decomposed(
     _activations.check(name, activation, negative_slope)
     arithmetic = torch.promote_types(input.dtype, torch.float32)
     converted = [_as(arithmetic, arg) for arg in args]
-    if weight_offset and converted[1:2] != [None]:
+    if weight_offset and len(converted) > 1 and converted[1] is not None:  # the weight
         converted[1] = converted[1] + weight_offset
     output = getattr(torch.nn.functional, name)(_as(arithmetic, input), *converted)
     if residual is not None:

@@ -58,7 +58,7 @@ def _set(mode: str) -> None:
 
 def decomposes(name: str) -> bool:
     """Whether the function of this name, which a compiler is looking at, is torch's own to it."""
-    if current == "auto" and not torch.compiler.is_exporting():
+    if current == "auto" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         return name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
     return current == "decompose"
 

@@ -58,7 +58,8 @@ def _set(mode: str) -> None:
 
 def decomposes(name: str) -> bool:
     """Whether the function of this name, which a compiler is looking at, is torch's own to it."""
-    if current == "auto" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    # What torch.compiler.is_exporting() returns; to the Dynamo of torch 2.11 that is always true.
+    if current == "auto" and not torch.compiler._is_exporting_flag:
         return name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
     return current == "decompose"
 

@@ -58,7 +58,8 @@ def _set(mode: str) -> None:
 
 def decomposes(name: str) -> bool:
     """Whether the function of this name, which a compiler is looking at, is torch's own to it."""
-    if current == "auto" and not torch.compiler.is_exporting():
+    # What torch.compiler.is_exporting() returns; to the Dynamo of torch 2.11 that is always true.
+    if current == "auto" and not torch.compiler._is_exporting_flag:
         return name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
     return current == "decompose"
 
@@ -87,7 +88,7 @@ def decomposed(
     _activations.check(name, activation, negative_slope)
     arithmetic = torch.promote_types(input.dtype, torch.float32)
     converted = [_as(arithmetic, arg) for arg in args]
-    if weight_offset and converted[1:2] != [None]:
+    if weight_offset and len(converted) > 1 and converted[1] is not None:  # the weight
         converted[1] = converted[1] + weight_offset
     output = getattr(torch.nn.functional, name)(_as(arithmetic, input), *converted)
     if residual is not None:

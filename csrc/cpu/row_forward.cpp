@@ -19,8 +19,9 @@ NORMOPS_KERNEL sums_of_squares(const Lines<const T>& x, int64_t count, int64_t l
                       [&](int64_t row, const std::array<double, 1>& sums) { totals[row] = sums[0]; });
 }
 
+// The arguments are a copy: for all that the compiler knows, a store of a vector may change what lies elsewhere.
 template <typename T, bool kWeight, bool kBias>
-NORMOPS_KERNEL row_forward(const RowForward<T>& a, int64_t begin, int64_t end) {
+NORMOPS_KERNEL row_forward(RowForward<T> a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const double inverse = 1.0 / a.length;
   const int64_t at_once = is_short<T>(a.length) ? kTogether<T> : 1;

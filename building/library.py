@@ -15,8 +15,10 @@ FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 
 # A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
 KERNEL_FLAGS = ["-O3", "-fno-math-errno"]
+PLAIN_FLAGS = ["-O2"]  # the set without vectors, where there is one with them: to compare with, not for speed
 KERNEL_FLAGS_GCC = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-KERNELS = ["cpu/channel_kernels.cpp", "cpu/row_kernels.cpp"]  # compiled once for each instruction set
+KERNELS = [f"cpu/{engine}_{way}.cpp" for engine in ("row", "channel") for way in ("forward", "backward")]  # per set
+KERNELS.append("cpu/epilogue.cpp")
 
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
 X86 = {
@@ -63,19 +65,20 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
     def compile_one(target, source, *flags):
         return ninja.make(target, "cxx", source, flags=shlex.join(flags).replace("$", "$$"), what=f"compile {target}")
 
-    objects = []
-    kernel_flags = KERNEL_FLAGS + ([] if compiler.is_clang else KERNEL_FLAGS_GCC)
-    for name, flags in sets.items():
-        which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
-        for kernel in reversed(KERNELS):
-            source = csrc / kernel
-            objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *flags, *which))
+    objects = []  # the longest first
     built = [f"-DNORMOPS_BUILT_{name}" for name in sets]
     for unit, sources in _units(csrc, cuda is not None).items():
         text = "".join(f'#include "{source}"\n' for source in sources)
         write(folder / f"{unit}.cpp", text)
-        objects.append(compile_one(f"{unit}.o", folder / f"{unit}.cpp", *(built if unit == "cpu" else [])))
+        objects.append(compile_one(f"{unit}.o", folder / f"{unit}.cpp", *(built if unit == "operators" else [])))
     objects.append(compile_one("module.o", csrc / "module.cpp", *defines))
+    kernel_flags = KERNEL_FLAGS + ([] if compiler.is_clang else KERNEL_FLAGS_GCC)
+    for name, flags in sets.items():
+        which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
+        plain = PLAIN_FLAGS if compiler.is_x86 and name == "DEFAULT" else []
+        for kernel in KERNELS:
+            source = csrc / kernel
+            objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *plain, *flags, *which))
     if cuda:
         objects += cuda.compile(ninja, sorted(csrc.glob("cuda/*.cu")))
     ninja.run()
@@ -83,10 +86,10 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
 
 
 def _units(csrc, cuda):
-    """The files of a folder that call torch are compiled together: its headers take longer to read than the files."""
+    """Files that call torch are compiled together: its headers take longer to read than the files. Two halves."""
     units = {}
     for source in sorted(csrc.rglob("*.cpp")):
         path = source.relative_to(csrc)
         if str(path) not in (*KERNELS, "module.cpp") and (cuda or path.parts[0] != "cuda"):
-            units.setdefault(path.parts[0] if len(path.parts) > 1 else "common", []).append(source)
+            units.setdefault("autograd" if path.parts[0] == "autograd" else "operators", []).append(source)
     return units

@@ -1,7 +1,7 @@
 #pragma once
 
 // Activations: their names, values and derivatives, once for all engines and devices. A formula is a template over
-// numbers: registers of the CPU (cpu/activation_kernels.h) and at::Tensor (autograd/composition.cpp) so far. Beside
+// numbers: registers of the CPU (cpu/epilogue.cpp) and at::Tensor (autograd/composition.cpp) so far. Beside
 // arithmetic with each other and with double, numbers have
 //
 //   exp(z), erf(z), sigmoid(z), clamp(z, least, most)

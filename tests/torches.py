@@ -35,7 +35,7 @@ def try_torch(version):
     with open(folder / "log.txt", "w") as log:
         if not python.exists():
             timed(log, [sys.executable, "-m", "venv", folder / "venv"])
-            timed(log, [python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"])
+        timed(log, [python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"])
         groups = ["--group", f"{ROOT}/pyproject.toml:build", "--group", f"{ROOT}/pyproject.toml:test"]
         installed, _, last = timed(log, [python, "-m", "pip", "install", "--quiet", f"torch=={version}", *groups])
         if not installed:

@@ -1,5 +1,5 @@
 // Channel engine on the CPU: reduce, merge, apply. How the three stages are cut into regions and shared among threads
-// is decided here; the loops over memory are in channel_kernels.cpp.
+// is decided here; the loops over memory are in channel_forward.cpp and channel_backward.cpp.
 
 #include <ATen/Dispatch.h>
 #include <c10/util/FunctionRef.h>
@@ -12,6 +12,7 @@
 
 #include "../extras.h"
 #include "../statistics.h"
+#include "cache.h"
 #include "channel.h"
 #include "channel_epilogue.h"
 #include "kernels.h"
@@ -20,8 +21,15 @@
 namespace normops::cpu {
 namespace {
 
-// A contiguous input is walked in blocks of channels, long enough that memory is read in runs of this size.
-constexpr int64_t kRunBytes = 4 * 1024;
+// A contiguous input is walked in blocks of channels, of which each sample has a run of memory. The processor fetches
+// ahead only once a run is under way, so runs are long, if those of all samples fit in half of a cache. Small planes
+// are read a few kilobytes at a time in any case (kBlock in tiles.h).
+constexpr int64_t kShortestRun = 4 * 1024, kLongestRun = 64 * 1024;
+int64_t run_bytes(const Geometry& g) {
+  return g.width > 1 ? kShortestRun
+                     : std::clamp(second_level_cache() / 2 / g.samples_per_row(), kShortestRun, kLongestRun);
+}
+
 // What a thread takes at a time where no group has to be kept together.
 constexpr int64_t kBatchBytes = 64 * 1024;
 // Channels merged by one thread at a time.
@@ -86,8 +94,8 @@ void run_stages(const Geometry& g, int64_t element_size, bool given, Stage reduc
   };
   const int64_t few_channels = channels_of(kMergeChannels, 1);
   if (given) {
-    const bool lines = g.layout == Layout::kChannelsLast;
-    const int64_t positions = std::min(g.positions, g.segment_length);
+    const bool lines = g.layout == Layout::kChannelsLast && g.width == 1;
+    const int64_t positions = std::min(g.positions, g.segment_length) * g.width;
     const int64_t channels = lines ? g.channels : channels_of(kBatchBytes, positions * element_size);
     for_regions(g, row_segments, few_channels, Order::kForwards, coefficients);
     for_regions(g, 1, channels, Order::kForwards, [&](const Region& r) {
@@ -99,9 +107,13 @@ void run_stages(const Geometry& g, int64_t element_size, bool given, Stage reduc
   }
   // A run of memory that belongs to one channel: a position's, in channels_last only where it is wide.
   const int64_t run = g.layout == Layout::kContiguous ? g.positions : g.width;
-  const int64_t channels = run > 1 ? channels_of(kRunBytes, run * element_size) : g.channels;
-  const int64_t regions = g.rows() * ((g.channels + channels - 1) / channels);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + g.elements() / kElementsPerThread);
+  int64_t channels = run > 1 ? channels_of(run_bytes(g), run * element_size) : g.channels;
+  int64_t regions = g.rows() * at::divup(g.channels, channels);
+  if (run > 1 && g.over_batch) {  // as many for each thread
+    channels = at::divup(g.channels, round_up(regions, threads));
+    regions = at::divup(g.channels, channels);
+  }
   if (regions % threads == 0 || regions >= 4 * threads) {
     for_regions(g, row_segments, channels, Order::kForwards, [&](const Region& r) {
       reduce(r);
@@ -362,8 +374,9 @@ class Operands {
     }
   }
 
-  ChannelView view(int64_t num_groups, bool over_batch) {
-    ChannelView view = wide_channel_view(tensors_, num_groups, over_batch);
+  ChannelView view(int64_t num_groups, bool over_batch, bool wide) {
+    ChannelView view =
+        wide ? wide_channel_view(tensors_, num_groups, over_batch) : channel_view(tensors_, num_groups, over_batch);
     strides_ = view.strides;
     return view;
   }
@@ -397,8 +410,8 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   at::Tensor x = input, added = residual.value_or(at::Tensor());
   at::Tensor output = new_like(input);
   Operands operands{&x, &output, &added};
-  const Geometry g = operands.view(num_groups, over_batch).geometry;
   const bool given = defined(given_mean);
+  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!given).geometry;
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
   TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");
   const at::Tensor mean = given ? in_double(shape, given_mean, input, "mean") : new_array(shape);
@@ -446,7 +459,7 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
     y = output.value_or(at::Tensor());
   }
   Operands operands{&x, &dy, &dx, &added, &y, &dresidual};
-  const Geometry g = operands.view(num_groups, over_batch).geometry;
+  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/true).geometry;
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");

@@ -1,7 +1,7 @@
 #pragma once
 
 // The last stage of the channel engine with what follows the layer: a residual that is added, an activation. A tile is
-// taken in pieces that stay in the nearest cache, through the engine's own kernels and those of activation_kernels.h
+// taken in pieces that stay in the nearest cache, through the engine's own kernels and those of epilogue.cpp
 // one after the other, so memory is read and written once. In 16-bit types all of that is done in float, between a
 // first loop that widens and a last one that narrows: nothing is rounded on the way.
 

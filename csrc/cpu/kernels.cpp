@@ -12,14 +12,20 @@ namespace {
 #define NORMOPS_INSTRUCTION_SET(ISA)                    \
   }                                                     \
   namespace ISA {                                       \
-  void add_row_kernels(KernelTable&);                   \
-  void add_channel_kernels(KernelTable&);               \
+  void add_row_forward(KernelTable&);                   \
+  void add_row_backward(KernelTable&);                  \
+  void add_channel_forward(KernelTable&);               \
+  void add_channel_backward(KernelTable&);              \
+  void add_epilogue(KernelTable&);                      \
   }                                                     \
   namespace {                                           \
   [[maybe_unused]] void add_##ISA(KernelTable& table) { \
     table.name = #ISA;                                  \
-    ISA::add_row_kernels(table);                        \
-    ISA::add_channel_kernels(table);                    \
+    ISA::add_row_forward(table);                        \
+    ISA::add_row_backward(table);                       \
+    ISA::add_channel_forward(table);                    \
+    ISA::add_channel_backward(table);                   \
+    ISA::add_epilogue(table);                           \
   }
 #ifdef NORMOPS_BUILT_DEFAULT
 NORMOPS_INSTRUCTION_SET(DEFAULT)

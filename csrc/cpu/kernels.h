@@ -101,7 +101,7 @@ struct Kernels {
                      const BackwardCoefficients<Acc<T>>&);
   void (*scale)(const Tile&, Lines<const T> dy, Lines<T> dx, const Acc<T>* scale);  // with constant statistics
 
-  // The epilogue (activation_kernels.h), on lines of equal length. The first two only where T is a type of arithmetic.
+  // The epilogue (epilogue.cpp), on lines of equal length. The first two only where T is a type of arithmetic.
   void (*activate)(const Activation&, Lines<T> z, int64_t lines, int64_t length);       // in place
   void (*differentiate)(const Activation&, Lines<T> z, int64_t lines, int64_t length);  // in place
   void (*widen_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);

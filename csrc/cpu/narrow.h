@@ -22,12 +22,12 @@
 #define NORMOPS_PLAIN 0
 #endif
 
-// A kernel: everything it calls is inlined into it. Left to itself, the compiler passes the registers of a loop through
-// memory from lambda to lambda.
+// A kernel: everything it calls is inlined into it, but for other kernels. Left to itself, the compiler passes the
+// registers of a loop through memory from lambda to lambda.
 #if NORMOPS_PLAIN
 #define NORMOPS_KERNEL void
 #else
-#define NORMOPS_KERNEL __attribute__((flatten)) void
+#define NORMOPS_KERNEL __attribute__((flatten, noinline)) void
 #endif
 
 namespace normops::cpu::CPU_CAPABILITY {

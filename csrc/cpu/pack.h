@@ -17,6 +17,17 @@
 #include "kernels.h"
 #include "narrow.h"
 
+// add(table.f32) and so on, for all types. Of AVX512_BF16 only bfloat16 has a use.
+#ifdef __AVX512BF16__
+#define NORMOPS_FOR_EACH_TYPE(add, table) add(table.bf16);
+#else
+#define NORMOPS_FOR_EACH_TYPE(add, table) \
+  add(table.f32);                         \
+  add(table.f64);                         \
+  add(table.f16);                         \
+  add(table.bf16);
+#endif
+
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
@@ -184,19 +195,17 @@ NORMOPS_INLINE void store_natural(const Pack<T>& pack, Acc<T>* target, Tail tail
   std::copy_n(whole, tail.count, target);
 }
 
-// The sums of several packs, a power of two of them: each step adds the odd elements of all vectors to the even ones
-// and puts the halves of two vectors into one, which is far less work than summing one after the other. A sum does not
-// depend on what the other packs hold.
+// The sums of the lanes of several vectors, a power of two of them: each step adds the odd elements of all vectors to
+// the even ones and puts the halves of two vectors into one, which is far less work than summing one after the other. A
+// sum does not depend on what the other vectors hold.
 template <typename T, int kCount>
-NORMOPS_INLINE std::array<Acc<T>, kCount> sums_of(const Pack<T> (&packs)[kCount]) {
+NORMOPS_INLINE std::array<Acc<T>, kCount> sums_of(typename Pack<T>::Vec (&vectors)[kCount]) {
   using Vec = typename Pack<T>::Vec;
   constexpr int64_t kLanes = Pack<T>::kLanes;
   const auto add_neighbours = [](const Vec& a, const Vec& b) {
     const auto [even, odd] = at::vec::deinterleave2<Acc<T>>(a, b);
     return even + odd;
   };
-  Vec vectors[kCount];
-  for (int i = 0; i < kCount; ++i) vectors[i] = packs[i].sum_of_parts();
   int64_t left = kCount;
   for (int64_t step = 1; step < kLanes; step *= 2) {
     left = left > 1 ? left / 2 : 1;

@@ -1,7 +1,5 @@
-#pragma once
-
 // What a fused epilogue adds to the engines' kernels: loops over lines that are in the nearest cache, between elements
-// and the type of the arithmetic. Included by one of the files compiled once per instruction set.
+// and the type of the arithmetic. Compiled once per instruction set.
 
 #include "../activation.h"
 #include "pack.h"
@@ -121,7 +119,7 @@ NORMOPS_KERNEL sum_lines(Lines<const T> a, Lines<const T> b, Lines<T> sum, int64
 }
 
 template <typename T>
-void add_activation_kernels(Kernels<T>& kernels) {
+void add(Kernels<T>& kernels) {
   if constexpr (std::is_same_v<T, Acc<T>>) {
     kernels.activate = activate<T>;
     kernels.differentiate = differentiate<T>;
@@ -134,4 +132,7 @@ void add_activation_kernels(Kernels<T>& kernels) {
 }
 
 }  // namespace
+
+void add_epilogue(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+
 }  // namespace normops::cpu::CPU_CAPABILITY

@@ -1,0 +1,79 @@
+// Inner loops of the channel engine (Batch-, Instance-, GroupNorm), forward. Compiled once per instruction set.
+
+#include <algorithm>
+
+#include "tiles.h"
+
+namespace normops::cpu::CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double* m2) {
+  using A = Acc<T>;
+  if (tile.layout == Layout::kContiguous) {
+    moments_of_lines(x, tile.channels, tile.positions, mean, m2);
+    return;
+  }
+  for_blocks<T>(tile, [&](const Block& block) {
+    double* const block_mean = mean + block.first;
+    double* const block_m2 = m2 + block.first;
+    alignas(64) A center[kBlock];
+    // The first guess: the mean of a few lines from all over the tile.
+    constexpr int64_t kFew = 8;
+    const int64_t few = std::min(kFew, block.whole_lines()), step = block.whole_lines() / few;
+    const Lines<const T> all = block.lines(x, 0), some{all.data, all.stride * step};
+    std::fill_n(center, block.padded<T>(), A(0));
+    sum_across<T, 1>({some}, few, block.length(), center, 0,
+                     [](int64_t, const Pack<T>* v, int64_t, auto, Pack<T>* s) { s[0] = s[0] + v[0]; });
+    block.fold<T>(center, block_mean);
+    const double few_inverse = 1.0 / (few * block.repeat * block.width);
+    for (int64_t c = 0; c < block.channels; ++c) block_mean[c] = A(block_mean[c] * few_inverse);
+
+    const double inverse = 1.0 / (tile.positions * tile.width);
+    double first[kBlock];
+    bool near = false;
+    for (int pass = 0; pass < 2 && !near; ++pass) {
+      alignas(64) A sums[2][kBlock];
+      for (A* const sum : sums) std::fill_n(sum, block.padded<T>(), A(0));
+      block.spread<T>(block_mean, center);
+      block.each([&](int64_t position, int64_t lines, int64_t length) {
+        sum_across<T, 2>({block.lines(x, position)}, lines, length, sums[0], kBlock,
+                         [&](int64_t, const Pack<T>* v, int64_t j, auto lanes, Pack<T>* s) {
+                           const Pack<T> d = (v[0] - Pack<T>::load_packed(center + j)).masked(lanes);
+                           s[0] = s[0] + d;
+                           s[1] = fmadd(d, d, s[1]);
+                         });
+      });
+      block.fold<T>(sums[0], first);
+      block.fold<T>(sums[1], block_m2);
+      near = true;
+      for (int64_t c = 0; c < block.channels; ++c) near &= guess_was_near(first[c], block_m2[c], inverse);
+      for (int64_t c = 0; pass == 0 && !near && c < block.channels; ++c) {
+        if (!guess_was_near(first[c], block_m2[c], inverse)) block_mean[c] = A(block_mean[c] + first[c] * inverse);
+      }
+    }
+    for (int64_t c = 0; c < block.channels; ++c) {
+      const double low = first[c] * inverse;
+      block_mean[c] += low;
+      block_m2[c] -= first[c] * low;
+    }
+  });
+}
+
+template <typename T>
+NORMOPS_KERNEL apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
+  map<T, 1, 3>(tile, {x}, y, {k.center, k.scale, k.shift},
+               [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]); });
+}
+
+template <typename T>
+void add(Kernels<T>& kernels) {
+  kernels.moments = moments<T>;
+  kernels.apply = apply<T>;
+}
+
+}  // namespace
+
+void add_channel_forward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+
+}  // namespace normops::cpu::CPU_CAPABILITY

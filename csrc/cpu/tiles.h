@@ -1,0 +1,147 @@
+#pragma once
+
+// How the channel engine's kernels walk a tile.
+//
+// contiguous: a line is one channel's positions, sums run along it and its coefficients are constants.
+// channels_last: a line is one position's channels, sums run across lines and coefficients run along them.
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "lines.h"
+
+namespace normops::cpu::CPU_CAPABILITY {
+namespace {
+
+// Elements of a channels_last line handled at once: their sums live on the stack and stay in the first-level cache.
+// Lines are rarely longer: they are read whole, in the order of memory.
+constexpr int64_t kBlock = 2048;
+static_assert(kWidest <= kBlock);
+
+// Some channels of a channels_last tile. Where a position's channels are few, `repeat` positions are taken for one
+// line, so that lines are not all tail: sums are taken per element of that line and folded, and coefficients are
+// repeated.
+struct Block {
+  int64_t first;     // channel
+  int64_t channels;  // distinct ones
+  int64_t width;     // neighbours that belong to one channel
+  int64_t repeat;
+  int64_t positions;
+
+  int64_t period() const { return channels * width; }
+  int64_t length() const { return period() * repeat; }
+  int64_t whole_lines() const { return positions / repeat; }
+  template <typename T>
+  int64_t padded() const {
+    return (length() + Pack<T>::kSize - 1) / Pack<T>::kSize * Pack<T>::kSize;
+  }
+
+  // f(position, lines, length) for the lines of whole length, then for what is left.
+  template <typename F>
+  void each(F f) const {
+    f(int64_t(0), whole_lines(), length());
+    const int64_t left = positions % repeat;
+    if (left > 0) f(positions - left, int64_t(1), left * period());
+  }
+
+  // The lines from a position on, `repeat` positions each.
+  template <typename T>
+  Lines<T> lines(const Lines<T>& x, int64_t position) const {
+    return {x[position] + first * width, x.stride * repeat};
+  }
+
+  // `source` holds a value per channel of the block, `target` one per element of the line in pack order.
+  template <typename T, typename S>
+  void spread(const S* source, Acc<T>* target) const {
+    alignas(64) Acc<T> natural[kBlock];
+    if (width == 1) {
+      std::copy_n(source, channels, natural);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) std::fill_n(natural + c * width, width, Acc<T>(source[c]));
+    }
+    for (int64_t r = 1; r < repeat; ++r) std::copy_n(natural, period(), natural + r * period());
+    std::fill(natural + length(), natural + padded<T>(), Acc<T>(0));
+    for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
+      load_natural<T>(natural + j, Full{}).store_packed(target + j);
+  }
+
+  // The reverse, summed: `target` has one value per channel.
+  template <typename T>
+  void fold(const Acc<T>* source, double* target) const {
+    using A = Acc<T>;
+    alignas(64) A natural[kBlock];
+    for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
+      store_natural<T>(Pack<T>::load_packed(source + j), natural + j, Full{});
+    std::fill_n(target, channels, 0.0);
+    for (int64_t r = 0; r < repeat; ++r) {
+      const A* const own = natural + r * period();
+      if (width == 1) {
+        for (int64_t c = 0; c < channels; ++c) target[c] += own[c];
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        target[c] += sum_along<A, 1>(width, [&](int64_t j, auto lanes, Pack<A>* sums) {
+          sums[0] = sums[0] + Pack<A>::load(own + c * width + j, lanes);
+        })[0];
+      }
+    }
+  }
+};
+
+// Positions taken for one line: as many as fill whole packs, if a block holds them.
+template <typename T>
+int64_t positions_per_line(const Tile& tile) {
+  if (tile.width > 1 || tile.channels > kNarrowChannels) return 1;
+  const int64_t unit = Pack<T>::kSize / std::gcd(Pack<T>::kSize, tile.channels);
+  const int64_t unit_length = unit * tile.channels;
+  if (unit_length > kBlock) return kBlock / tile.channels;
+  return unit * std::max<int64_t>(1, kJoined / unit_length);
+}
+
+template <typename T, typename F>
+void for_blocks(const Tile& tile, F f) {
+  const int64_t repeat = std::min(positions_per_line<T>(tile), tile.positions), channels = kBlock / tile.width;
+  for (int64_t c = 0; c < tile.channels; c += channels) {
+    f(Block{c, std::min(channels, tile.channels - c), tile.width, repeat, tile.positions});
+  }
+}
+
+// out = f(values, coefficients) for every pack of the tile: `values` from each of the inputs, `coefficients` from
+// each of the arrays, which hold one value per channel.
+template <typename T, int kInputs, int kArrays, typename F>
+void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out,
+         const Acc<T>* const (&arrays)[kArrays], F f) {
+  const auto run = [&](const T* const(&from)[kInputs], T* to, int64_t length, auto load) {
+    sweep<T, 2>(length, [&](int64_t j, auto lanes, auto) {
+      Pack<T> values[kInputs], coefficients[kArrays];
+      for (int i = 0; i < kInputs; ++i) values[i] = Pack<T>::load(from[i] + j, lanes);
+      for (int k = 0; k < kArrays; ++k) coefficients[k] = load(k, j);
+      f(values, coefficients).store(to + j, lanes);
+    });
+  };
+  const T* from[kInputs];
+  if (tile.layout == Layout::kContiguous) {
+    for (int64_t c = 0; c < tile.channels; ++c) {
+      for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][c];
+      Pack<T> constants[kArrays];
+      for (int k = 0; k < kArrays; ++k) constants[k] = arrays[k][c];
+      run(from, out[c], tile.positions, [&](int k, int64_t) { return constants[k]; });
+    }
+    return;
+  }
+  for_blocks<T>(tile, [&](const Block& block) {
+    alignas(64) Acc<T> packed[kArrays][kBlock];
+    for (int k = 0; k < kArrays; ++k) block.spread<T>(arrays[k] + block.first, packed[k]);
+    block.each([&](int64_t position, int64_t lines, int64_t length) {
+      for (int64_t line = 0; line < lines; ++line) {
+        for (int i = 0; i < kInputs; ++i) from[i] = block.lines(inputs[i], position)[line];
+        run(from, block.lines(out, position)[line], length,
+            [&](int k, int64_t j) { return Pack<T>::load_packed(packed[k] + j); });
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace normops::cpu::CPU_CAPABILITY

@@ -58,11 +58,11 @@ def convert(model: _Model, *, fuse: bool = False, verbose: bool = False) -> _Mod
     to :func:`register_conversion`, are converted after a test that they do.
 
     With ``fuse=True`` a norm also takes over an activation (``torch.nn.ReLU``, ``ReLU6``, ``LeakyReLU``, ``ELU``,
-    ``SiLU``, ``GELU``, ``Hardswish``) that directly follows it in a ``torch.nn.Sequential`` or in a subclass with the
-    same forward, and computes both in one pass. The activation becomes an identity that remembers what it was; the keys
-    of the ``state_dict`` stay. A norm that stands in several places, an activation of which some places do not follow a
-    norm, and modules with hooks, which would see something else, are left. For what is not written as a Sequential:
-    ``torch.compile(model, backend="normops")``.
+    ``SiLU``, ``GELU``, ``Hardswish``, ``Mish``) that directly follows it in a ``torch.nn.Sequential`` or in a subclass
+    with the same forward, and computes both in one pass. The activation becomes an identity that remembers what it
+    was; the keys of the ``state_dict`` stay. A norm that stands in several places, an activation of which some places
+    do not follow a norm, and modules with hooks, which would see something else, are left. For what is not written as
+    a Sequential: ``torch.compile(model, backend="normops")``.
 
     Returns ``model``. Undo with :func:`revert`.
 

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from normops.__main__ import description
@@ -50,10 +52,22 @@ def last_level_cache(cpus: Iterable[int], folder: Path = Path("/sys/devices/syst
     return next((size for size in map(os.sysconf, known) if size > 0), 32 * MIB)
 
 
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Of the source that is measured, with a + if it has been changed since; empty where git does not know it."""
+    try:
+        run = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=folder)
+        head = run(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
+        return head + "+" * bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def environment() -> dict[str, str]:
     cache = last_level_cache(processors())
+    known = commit()
     return {
         **description(),
+        **({"commit": known} if known else {}),
         "cpu": cpu_model(),
         "last-level cache": f"{cache / MIB:.0f} MiB",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -61,7 +61,7 @@ _rms_norm = torch.ops.normops.rms_norm.default
 
 
 def _call(op: Any, *args: Any, **extras: Any) -> Any:
-    if compilation.current == "decompose" and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and compilation.decomposes(op._opname):
         return compilation.decomposed(op._opname, *args, **extras)
     try:
         return op(*args, **extras)

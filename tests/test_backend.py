@@ -388,7 +388,9 @@ def test_hooks_and_checkpointing():
     assert seen
 
 
-@pytest.mark.parametrize("then", ["aot_eager", "eager", lambda graph_module, inputs: graph_module], ids=str)
+@pytest.mark.parametrize(
+    "then", ["aot_eager", "eager", lambda graph_module, inputs: graph_module], ids=["aot_eager", "eager", "callable"]
+)
 def test_then(then):
     report = compared(nn.Sequential(nn.GroupNorm(2, 6), nn.SiLU()), torch.randn(X), options={"then": then})
     assert whats(report) == ["group_norm + silu"]

@@ -5,6 +5,9 @@ import io
 import json
 import math
 import random
+import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ from bench.disturbance import (
     scheduler_slice,
     signs_in_counters,
 )
-from bench.machine import last_level_cache, results_folder
+from bench.machine import commit, last_level_cache, results_folder
 from bench.measure import Comparison, How, Timing, cold_turns, time_case, warm_turns
 from bench.models.step import part_of, sort_events
 from bench.regimes import HEADLINE, Regime
@@ -379,6 +382,23 @@ def test_last_level_cache(tmp_path):
         cache(cpu, 3, level=3, type="Unified", size="32768K", shared_cpu_list="0-1" if cpu < 2 else "2-3")
     assert last_level_cache([0, 1], tmp_path) == 32 << 20
     assert last_level_cache([0, 1, 2], tmp_path) == 64 << 20
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_commit(tmp_path, monkeypatch):
+    """Results name the commit and whether there were changes; without a repository, or without git, they do without."""
+    assert commit(tmp_path) == ""
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-mc"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"[0-9a-f]{10}", commit(tmp_path))
+    (tmp_path / "new").touch()
+    subprocess.run(["git", "add", "new"], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"[0-9a-f]{10}\+", commit(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    assert commit(tmp_path) == ""
 
 
 def test_cases():

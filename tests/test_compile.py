@@ -15,8 +15,10 @@ OPS = torch.ops.normops
 
 
 @pytest.fixture(autouse=True)
-def forget_compiled_code():
+def compiled_anew_to_kernels():
     torch._dynamo.reset()
+    with normops.set_compile_mode("kernel"):
+        yield
 
 
 @pytest.mark.parametrize("names", [(), ("weight",)], ids=["plain", "weight"])

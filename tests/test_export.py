@@ -52,18 +52,43 @@ def test_compile_mode():
             compiled(x)
         compiled(x)
     compiled(x)
-    assert [uses_normops(names) for names in graphs.targets] == [True, False]  # both are kept
+    assert [uses_normops(names) for names in graphs.targets] == [True, False, True]  # all are kept
+    torch._dynamo.reset()
     normops.set_compile_mode("decompose")
     try:
         torch.compile(normops.LayerNorm(5), backend=graphs, fullgraph=True)(x)
         assert not uses_normops(graphs.targets[-1])
     finally:
-        normops.set_compile_mode("kernel")
+        normops.set_compile_mode("auto")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "in_training", "in_inference"),
+    [
+        (normops.BatchNorm2d(4), (2, 4, 3, 3), False, False),
+        (normops.InstanceNorm2d(4), (2, 4, 3, 3), False, True),
+        (normops.GroupNorm(2, 4), (2, 4, 3, 3), True, True),
+        (normops.LayerNorm(5), (3, 5), True, True),
+        (normops.RMSNorm(5), (3, 5), True, True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_auto(layer, shape, in_training, in_inference):
+    """By default a compiler sees operators where kernels are faster than what it fuses, and an export sees them all."""
+    x = torch.randn(shape)
+    for grad, kernel in ((True, in_training), (False, in_inference)):
+        graphs = Graphs()
+        with torch.set_grad_enabled(grad):
+            output = torch.compile(layer, backend=graphs, fullgraph=True)(x)
+            torch.testing.assert_close(output, layer(x))
+        assert uses_normops(graphs.targets[-1]) == kernel
+    program = torch.export.export(layer.eval(), (x,))
+    assert uses_normops([str(node.target) for node in program.graph.nodes])
 
 
 @pytest.mark.parametrize("mode", ["Kernel", None, True])
 def test_unknown_compile_mode(mode):
-    with pytest.raises(ValueError, match="expected mode to be one of 'kernel', 'decompose', got"):
+    with pytest.raises(ValueError, match="expected mode to be one of 'auto', 'kernel', 'decompose', got"):
         normops.set_compile_mode(mode)
 
 

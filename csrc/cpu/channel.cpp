@@ -376,8 +376,7 @@ class Operands {
   }
 
   ChannelView view(int64_t num_groups, bool over_batch, bool wide) {
-    ChannelView view =
-        wide ? wide_channel_view(tensors_, num_groups, over_batch) : channel_view(tensors_, num_groups, over_batch);
+    ChannelView view = (wide ? wide_channel_view : channel_view)(tensors_, num_groups, over_batch);
     strides_ = view.strides;
     return view;
   }
@@ -410,8 +409,8 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
                       double eps, const OptionalTensor& residual, OptionalName activation, double negative_slope) {
   at::Tensor x = input, added = residual.value_or(at::Tensor());
   at::Tensor output = new_like(input);
-  Operands operands{&x, &output, &added};
   const bool given = defined(given_mean);
+  Operands operands{&x, &output, &added};
   const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!given).geometry;
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
   TORCH_CHECK(given == defined(given_var), "normops: expected mean and var to be given together");

@@ -26,11 +26,11 @@ NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, 
   }
   for_blocks<T>(tile, [&](const Block& block) {
     alignas(64) A centers[kBlock];
-    alignas(64) A sums[2][kBlock];
+    alignas(64) A sums[2][kApart];
     for (A* const sum : sums) std::fill_n(sum, block.padded<T>(), A(0));
     block.spread<T>(center + block.first, centers);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
-      sum_across<T, 2>({block.lines(dy, position), block.lines(x, position)}, lines, length, sums[0], kBlock,
+      sum_across<T, 2>({block.lines(dy, position), block.lines(x, position)}, lines, length, sums[0], kApart,
                        [&](int64_t, const Pack<T>* v, int64_t j, auto, Pack<T>* s) {
                          s[0] = s[0] + v[0];
                          s[1] = fmadd(v[0], v[1] - Pack<T>::load_packed(centers + j), s[1]);

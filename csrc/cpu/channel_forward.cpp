@@ -33,11 +33,11 @@ NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double*
     double first[kBlock];
     bool near = false;
     for (int pass = 0; pass < 2 && !near; ++pass) {
-      alignas(64) A sums[2][kBlock];
+      alignas(64) A sums[2][kApart];
       for (A* const sum : sums) std::fill_n(sum, block.padded<T>(), A(0));
       block.spread<T>(block_mean, center);
       block.each([&](int64_t position, int64_t lines, int64_t length) {
-        sum_across<T, 2>({block.lines(x, position)}, lines, length, sums[0], kBlock,
+        sum_across<T, 2>({block.lines(x, position)}, lines, length, sums[0], kApart,
                          [&](int64_t, const Pack<T>* v, int64_t j, auto lanes, Pack<T>* s) {
                            const Pack<T> d = (v[0] - Pack<T>::load_packed(center + j)).masked(lanes);
                            s[0] = s[0] + d;

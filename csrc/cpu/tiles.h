@@ -18,6 +18,9 @@ namespace {
 // Lines are rarely longer: they are read whole, in the order of memory.
 constexpr int64_t kBlock = 2048;
 static_assert(kWidest <= kBlock);
+// From one of several such arrays to the next. A whole number of pages, which kBlock is, would have them compete with
+// each other, and with the line, for the same few places of the first-level cache.
+constexpr int64_t kApart = kBlock + 80;
 
 // Some channels of a channels_last tile. Where a position's channels are few, `repeat` positions are taken for one
 // line, so that lines are not all tail: sums are taken per element of that line and folded, and coefficients are
@@ -131,7 +134,7 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out
     return;
   }
   for_blocks<T>(tile, [&](const Block& block) {
-    alignas(64) Acc<T> packed[kArrays][kBlock];
+    alignas(64) Acc<T> packed[kArrays][kApart];
     for (int k = 0; k < kArrays; ++k) block.spread<T>(arrays[k] + block.first, packed[k]);
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       for (int64_t line = 0; line < lines; ++line) {

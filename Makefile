@@ -47,12 +47,12 @@ ifneq ($(ENVIRONMENT),)
 endif
 	$(RUN) -m pytest tests/models $(TEST_ARGS)
 
-# The compiler is asked each time: ninja knows better than make what a changed header touches.
+# Torch finds the backend of torch.compile by what egg_info writes. The compiler is asked each time: ninja knows better than make what a changed header touches.
 build: $(ENVIRONMENT)
-	$(RUN) setup.py --quiet build_ext --inplace
+	$(RUN) setup.py --quiet egg_info build_ext --inplace
 
 dev: $(ENVIRONMENT)
-	NORMOPS_INSTRUCTION_SETS=native NORMOPS_CUDA=0 $(RUN) setup.py --quiet build_ext --inplace
+	NORMOPS_INSTRUCTION_SETS=native NORMOPS_CUDA=0 $(RUN) setup.py --quiet egg_info build_ext --inplace
 
 # What needs a card, within 9 minutes: build for it, tests on it, compute-sanitizer, benchmark. Installs nothing if VENV=.
 gpu: $(ENVIRONMENT)

@@ -7,6 +7,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from bench import fused
+
 _BATCH_NORM = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _INSTANCE_NORM = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -102,15 +104,24 @@ class Case:
     def size(self) -> str:
         return "x".join(map(str, self.shape))
 
+    @property
+    def is_fused(self) -> bool:
+        return self.layer in fused.LAYERS
+
     def make_layer(self) -> nn.Module:
         """Torch's layer, with parameters and running statistics unlike those of a new one."""
-        layer = LAYERS[self.layer](self.shape)
+        layer = (LAYERS | fused.LAYERS)[self.layer](self.shape)
         for parameter in layer.parameters():
             nn.init.uniform_(parameter, 0.5, 1.5)
-        if getattr(layer, "running_mean", None) is not None:
-            nn.init.normal_(layer.running_mean, self.mean)
-            nn.init.uniform_(layer.running_var, 0.5, 1.5)
-        return layer.to(self.device, getattr(torch, self.dtype))
+        for name, buffer in layer.named_buffers():
+            if name.endswith("running_mean"):
+                nn.init.normal_(buffer, self.mean)
+            elif name.endswith("running_var"):
+                nn.init.uniform_(buffer, 0.5, 1.5)
+        layer = layer.to(self.device, getattr(torch, self.dtype))
+        if getattr(layer, "residual", None) is not None:
+            layer.residual.data = self._random(0.0)
+        return layer
 
     def make_data(self) -> tuple[Tensor, Tensor]:
         """The input, and the gradient of the output."""
@@ -137,6 +148,12 @@ def timed_cases(
     if selection != "default":
         return list(cases)
     return [case for case in cases if case.dtype == dtypes[0] or case.shape in _DEFAULT_SHORT[case.layer]]
+
+
+def fused_cases(dtypes: Sequence[str], layouts: Sequence[str], devices: Sequence[str], selection: str) -> list[Case]:
+    """Norms with what stands around them; the first shape of each if quick."""
+    table = {layer: shapes[:1] if selection == "quick" else shapes for layer, shapes in fused.SHAPES.items()}
+    return list(_cases(table, list(table), dtypes, layouts, devices))
 
 
 def accuracy_cases(

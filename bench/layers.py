@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bench import report
 from bench.accuracy import measure_accuracy
-from bench.cases import DTYPES, LAYERS, LAYOUTS, Case, accuracy_cases, timed_cases
+from bench.cases import DTYPES, LAYERS, LAYOUTS, Case, accuracy_cases, fused_cases, timed_cases
 from bench.charts import write_charts
 from bench.command import Bar, add_common, finish, make_console, mallocs, parse
 from bench.digits import NETWORKS, train
@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="DEVICE",
         help="of cpu, cuda (default: cpu)",
     )
+    add(
+        "--fused",
+        action="store_true",
+        help="instead of the layers alone, norms with the activation, the addition or both that stand around them, in "
+        "one call, against torch's operators one after the other",
+    )
     add("--match", nargs="+", metavar="TEXT", help="only cases whose names contain one of these, such as 8x64x80x80")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small shapes, little time for each, two epochs")
@@ -84,9 +90,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--against",
-        choices=["eager", "compile"],
+        choices=["eager", "compile", "parts"],
         default="eager",
-        help="time torch's layers as they are (the default), or under torch.compile, which takes seconds more for each",
+        help="time torch's layers as they are (the default), or under torch.compile, which takes seconds more for "
+        "each; parts, for --fused: the norm of normops and torch's operators around it",
     )
     add(
         "--floor",
@@ -164,6 +171,8 @@ class Plan:
         chosen = arguments.layers, arguments.dtypes, arguments.layouts, arguments.devices
         accuracies, timed = accuracy_cases(*chosen), timed_cases(*chosen, selection)
         networks = list(NETWORKS)
+        if arguments.fused:
+            accuracies, timed, networks = [], fused_cases(*chosen[1:], selection), []
         if arguments.only == "digits":
             accuracies, timed = [], []
         if arguments.only == "layers" or arguments.match:

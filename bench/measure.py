@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer  # waits for the device
 
 import normops
+from bench import fused
 from bench.cases import Case
 from bench.disturbance import collect
 from bench.regimes import Flush, Regime
 from bench.worker import station
 
 TURN_SECONDS = 0.005
-FORWARD_COPIES = 1.0  # reads x, writes y
-BACKWARD_COPIES = 1.5  # reads x and dy, writes dx
 
 # For differences from torch in at least float32: in the short dtypes torch's sums are too inexact to check by.
 TOLERANCES = {"float16": 3e-3, "bfloat16": 2e-2, "float32": 1e-3, "float64": 1e-9}
+
+
+def copies_of(case: Case) -> tuple[float, float]:
+    """What forward and backward move: reading x and writing y is one copy, x, dy and dx are one and a half."""
+    return fused.copies(case.layer) if case.is_fused else (1.0, 1.5)
 
 
 class Passes:
@@ -34,8 +38,9 @@ class Passes:
         self.x = x.detach().requires_grad_()
         self.inputs = [self.x, *layer.parameters()]
         self.output = layer(self.x)
+        outputs = self.output if isinstance(self.output, tuple) else (self.output,)
         # In a network the gradient mostly comes in the layout of the output.
-        self.dy = torch.empty_like(self.output).copy_(dy)
+        self.dy = [torch.empty_like(output).copy_(dy) for output in outputs]
 
     def forward(self) -> Tensor:
         return self.layer(self.x)
@@ -44,8 +49,9 @@ class Passes:
         return torch.autograd.grad(self.output, self.inputs, self.dy, retain_graph=True)
 
     def results(self) -> dict[str, Tensor]:
-        names = ["output", "dx", "dweight", "dbias"][: 1 + len(self.inputs)]
-        return dict(zip(names, [self.output.detach(), *self.backward()], strict=True))
+        output = self.output[0] if isinstance(self.output, tuple) else self.output
+        names = ["output", "dx", *(f"d{name.rpartition('.')[2]}" for name, _ in self.layer.named_parameters())]
+        return dict(zip(names, [output.detach(), *self.backward()], strict=True))
 
 
 def largest_errors(results: dict[str, Tensor], references: dict[str, Tensor]) -> dict[str, float]:
@@ -133,9 +139,13 @@ def time_case(case: Case, regimes: Sequence[Regime], how: How, null: bool = Fals
     """In regimes of the same malloc, which is that of the process. `null`: torch's layer takes both parts."""
     layer = case.make_layer()
     x, dy = case.make_data()
-    other = copy.deepcopy(layer) if null else normops.convert(copy.deepcopy(layer))
+    other = copy.deepcopy(layer)
+    if not null:
+        other = other.fuse() if case.is_fused else normops.convert(other)
     ours = Passes(other, x, dy)
     differences = largest_errors(ours.results(), reference_results(layer, x, dy, torch.float32))
+    if how.against == "parts" and not null:
+        normops.convert(layer)
     if how.against == "compile" and not null:
         torch.compiler.reset()  # the layers share their code, and compiled forms of one code object are limited
         torch._functorch.config.donated_buffer = False  # or the backward pass could run but once
@@ -158,7 +168,7 @@ def time_case(case: Case, regimes: Sequence[Regime], how: How, null: bool = Fals
         one_copy = statistics.median(rounds.times["floor"])
         forward, backward = (
             Comparison.of(rounds.times[f"torch {name}"], rounds.times[f"normops {name}"], copies * one_copy)
-            for name, copies in (("forward", FORWARD_COPIES), ("backward", BACKWARD_COPIES))
+            for name, copies in zip(("forward", "backward"), copies_of(case), strict=True)
         )
         timings.append(Timing(case, regime, len(rounds), forward, backward, differences, rounds.doubts))
     return timings

@@ -36,20 +36,31 @@ struct WithOutput {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+// Those that are linear in pieces: z above zero and below `upper`, slope * z below zero, constant elsewhere. Engines
+// may have kernels for them.
+struct LinearPieces {
+  double slope;
+  double lower;  // zero where the slope is: it may not meet an infinity
+  double upper;
+};
+
 struct ReLU : WithOutput {
   static constexpr std::string_view kName = "relu";
+  static constexpr LinearPieces pieces(double) { return {0, 0, kInfinity}; }
   NORMOPS_FORMULA value(const V& z, double) { return clamp(z, 0, kInfinity); }
   NORMOPS_FORMULA derivative(const V& z, double) { return choose(z, 0, 1, 0); }
 };
 
 struct ReLU6 : WithInput {  // 16-bit outputs near 6 are rounded to it
   static constexpr std::string_view kName = "relu6";
+  static constexpr LinearPieces pieces(double) { return {0, 0, 6}; }
   NORMOPS_FORMULA value(const V& z, double) { return clamp(z, 0, 6); }
   NORMOPS_FORMULA derivative(const V& z, double) { return choose(z, 0, 1, 0) * choose(-z, -6, 1, 0); }
 };
 
 struct LeakyReLU : WithOutput {
   static constexpr std::string_view kName = "leaky_relu";
+  static constexpr LinearPieces pieces(double slope) { return {slope, slope == 0 ? 0 : -kInfinity, kInfinity}; }
   NORMOPS_FORMULA value(const V& z, double slope) { return z * choose(z, 0, 1, slope); }
   NORMOPS_FORMULA derivative(const V& z, double slope) { return choose(z, 0, 1, slope); }
 };
@@ -99,10 +110,25 @@ struct Hardswish : WithInput {
   }
 };
 
+// z * tanh(softplus(z)), where tanh(log(1 + e)) = n / (n + 2) with n = e * (e + 2); it is one long before e overflows.
+struct Mish : WithInput {
+  static constexpr std::string_view kName = "mish";
+  NORMOPS_FORMULA factor(const V& z) {
+    const V e = exp(clamp(z, -kInfinity, 20)), n = e * (e + 2.0);
+    return n / (n + 2.0);
+  }
+  NORMOPS_FORMULA value(const V& z, double) { return z * factor(z); }
+  NORMOPS_FORMULA derivative(const V& z, double) {
+    const V t = factor(z);
+    return t + z * sigmoid(z) * (1.0 - t * t);
+  }
+};
+
 }  // namespace activations
 
-using Activations = std::tuple<activations::ReLU, activations::ReLU6, activations::LeakyReLU, activations::ELU,
-                               activations::SiLU, activations::GELU, activations::GELUTanh, activations::Hardswish>;
+using Activations =
+    std::tuple<activations::ReLU, activations::ReLU6, activations::LeakyReLU, activations::ELU, activations::SiLU,
+               activations::GELU, activations::GELUTanh, activations::Hardswish, activations::Mish>;
 
 // What happens to a normalized value before it is stored.
 struct Activation {
@@ -126,6 +152,16 @@ inline bool derivative_from_output(const Activation& activation) {
   with_activation(activation.kind,
                   [&](auto f) { possible = decltype(f)::kFromOutput && activation.negative_slope >= 0; });
   return possible;
+}
+
+// Of an activation that is linear in pieces, as none is.
+inline std::optional<activations::LinearPieces> linear_pieces(const Activation& activation) {
+  std::optional<activations::LinearPieces> pieces;
+  if (!activation) pieces = {1, -activations::kInfinity, activations::kInfinity};
+  with_activation(activation.kind, [&](auto f) {
+    if constexpr (requires { f.pieces(0.0); }) pieces = f.pieces(activation.negative_slope);
+  });
+  return pieces;
 }
 
 // Zero if there is none of this name.

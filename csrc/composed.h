@@ -25,6 +25,7 @@ struct TensorNumber {
   friend TensorNumber operator-(const TensorNumber& a) { return {-a.t}; }
   friend TensorNumber operator*(const TensorNumber& a, const TensorNumber& b) { return {a.t * b.t}; }
   friend TensorNumber operator*(const TensorNumber& a, double b) { return {a.t * b}; }
+  friend TensorNumber operator/(const TensorNumber& a, const TensorNumber& b) { return {a.t / b.t}; }
   friend TensorNumber exp(const TensorNumber& z) { return {at::exp(z.t)}; }
   friend TensorNumber erf(const TensorNumber& z) { return {at::erf(z.t)}; }
   friend TensorNumber sigmoid(const TensorNumber& z) { return {at::sigmoid(z.t)}; }

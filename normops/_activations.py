@@ -16,6 +16,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": TF.gelu,
     "gelu_tanh": lambda z: TF.gelu(z, approximate="tanh"),
     "hardswish": TF.hardswish,
+    "mish": TF.mish,
 }
 
 DEFAULT_SLOPE = 0.01
@@ -64,4 +65,5 @@ _MODULES = {
     torch.nn.SiLU: _named("silu"),
     torch.nn.GELU: lambda module: ({"none": "gelu", "tanh": "gelu_tanh"}[module.approximate], DEFAULT_SLOPE),
     torch.nn.Hardswish: _named("hardswish"),
+    torch.nn.Mish: _named("mish"),
 }

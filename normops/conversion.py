@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import torch
 
-from normops import lookalikes, modules, registry  # noqa: F401  (lookalikes fills the registry)
-from normops.modules._dropin import DropIn
+from normops import absorption, lookalikes, modules, registry  # noqa: F401  (lookalikes fills the registry)
+from normops.modules._dropin import DropIn, WithEpilogue
 from normops.report import Layer, Summary
 
 __all__ = ["convert", "revert", "summary"]
@@ -46,7 +46,7 @@ def _drop_in(module: torch.nn.Module) -> _Class | None:
     return _TO_NORMOPS.get(type(module)) or registry.replacement_class(module)
 
 
-def convert(model: _Model, *, verbose: bool = False) -> _Model:
+def convert(model: _Model, *, fuse: bool = False, verbose: bool = False) -> _Model:
     """Makes every layer of ``model`` that normops has a drop-in for use the kernels of normops.
 
     The modules stay the same objects: only their class changes. Parameters, buffers, hooks, names, the training flag
@@ -57,10 +57,18 @@ def convert(model: _Model, *, verbose: bool = False) -> _Model:
     Layers of other libraries that are known to compute the same (:mod:`normops.lookalikes`), and those of classes given
     to :func:`register_conversion`, are converted after a test that they do.
 
+    With ``fuse=True`` a norm also takes over an activation (``torch.nn.ReLU``, ``ReLU6``, ``LeakyReLU``, ``ELU``,
+    ``SiLU``, ``GELU``, ``Hardswish``, ``Mish``) that directly follows it in a ``torch.nn.Sequential`` or in a subclass
+    with the same forward, and computes both in one pass. The activation becomes an identity that remembers what it
+    was; the keys of the ``state_dict`` stay. A norm that stands in several places, an activation of which some places
+    do not follow a norm, and modules with hooks, which would see something else, are left. For what is not written as
+    a Sequential: ``torch.compile(model, backend="normops")``.
+
     Returns ``model``. Undo with :func:`revert`.
 
     Args:
         model: the model, which is changed in place.
+        fuse: let norms take over the activations behind them.
         verbose: print the :func:`summary` of the converted model.
 
     Raises:
@@ -70,6 +78,8 @@ def convert(model: _Model, *, verbose: bool = False) -> _Model:
     Warns if there is no normalization layer in ``model`` at all.
     """
     _exchange(model, _drop_in)
+    if fuse:
+        absorption.absorb(model)
     if not any(map(_is_norm, model.modules())):
         warnings.warn(
             f"convert: expected a model with normalization layers, found none in {type(model).__name__}", stacklevel=2
@@ -80,15 +90,25 @@ def convert(model: _Model, *, verbose: bool = False) -> _Model:
 
 
 def revert(model: _Model) -> _Model:
-    """Undoes :func:`convert`: every normops layer of ``model`` becomes the layer it stands for.
+    """Undoes :func:`convert`: every normops layer of ``model`` becomes the layer it stands for, and every activation
+    that it took over is one again. A layer that was made with ``activation=`` stands for none of torch's, and stays.
 
     Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
     """
-    _exchange(model, lambda module: _TO_TORCH.get(type(module)) or registry.original_class(type(module)))
+    _check_is_module(model)
+    for module in model.modules():
+        absorption.release(module)
+    _exchange(model, _original)
     return model
+
+
+def _original(module: torch.nn.Module) -> _Class | None:
+    if isinstance(module, WithEpilogue) and module.activation is not None:
+        return None
+    return _TO_TORCH.get(type(module)) or registry.original_class(type(module))
 
 
 def summary(model: torch.nn.Module) -> Summary:

@@ -12,11 +12,11 @@ Behind torch's arguments, by keyword alone, they take what often follows a norm,
 .. math:: \mathrm{activation}(y + \mathrm{residual})
 
 ``activation`` is ``None``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (with ``negative_slope``), ``"elu"``, ``"silu"``,
-``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``; ``residual`` a tensor of the input's shape, dtype and device, in any
-strides. What the backward needs of the activation it makes anew from the input, or takes from the output if there is a
-residual (``relu``, ``leaky_relu``); the other activations keep the residual. The row layers also take
-``weight_offset``, a number that is added to the weight wherever it is used: 1 for a weight stored as its distance from
-one. :func:`add_layer_norm` and :func:`add_rms_norm` add first, and return the sum beside its norm.
+``"gelu"``, ``"gelu_tanh"``, ``"hardswish"`` or ``"mish"``; ``residual`` a tensor of the input's shape, dtype and
+device, in any strides. What the backward needs of the activation it makes anew from the input, or takes from the
+output if there is a residual (``relu``, ``leaky_relu``); the other activations keep the residual. The row layers also
+take ``weight_offset``, a number that is added to the weight wherever it is used: 1 for a weight stored as its distance
+from one. :func:`add_layer_norm` and :func:`add_rms_norm` add first, and return the sum beside its norm.
 
 ``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
 be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in

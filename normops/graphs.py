@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as TF
 from torch.fx import Node
 
+from normops import _activations
+
 _OPS = torch.ops.normops
 _NAMES = {
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -68,14 +70,12 @@ def _gelu(arguments):
 
 # How the functions are called, in the order of their arguments.
 _ACTIVATIONS: dict[Any, tuple[tuple[str, ...], Any]] = {
+    **{function: (("input", "inplace"), _named(name)) for name, function in _activations.FUNCTIONS.items()},
     **{f: (("input", "inplace"), _named("relu")) for f in (TF.relu, TF.relu_, torch.relu, torch.relu_)},
-    TF.relu6: (("input", "inplace"), _named("relu6")),
     **dict.fromkeys((TF.hardtanh, TF.hardtanh_), (("input", "min_val", "max_val", "inplace"), _hardtanh)),
     **dict.fromkeys((TF.leaky_relu, TF.leaky_relu_), (("input", "negative_slope", "inplace"), _leaky)),
     **dict.fromkeys((TF.elu, TF.elu_), (("input", "alpha", "inplace"), _elu)),
-    TF.silu: (("input", "inplace"), _named("silu")),
     TF.gelu: (("input",), _gelu),
-    TF.hardswish: (("input", "inplace"), _named("hardswish")),
     "relu": (("input",), _named("relu")),
     "relu_": (("input",), _named("relu")),
 }

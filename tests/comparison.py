@@ -41,10 +41,11 @@ def largest(tensor):
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
-def check(sample, grad=None, backward=True, allowed=None):
+def check(sample, grad=None, backward=True, allowed=None, roundings=None):
     """Runs normops on ``sample`` and compares output, gradients and their dtypes with the reference.
 
-    ``grad`` is the gradient of the output, random by default. ``allowed`` overrides :func:`tolerance`.
+    ``grad`` is the gradient of the output, random by default. ``allowed`` overrides :func:`tolerance`, and
+    ``roundings`` says which results are rounded to their dtype more than once.
     """
     if backward and grad is None:
         grad = torch.randn_like(sample.input)
@@ -66,4 +67,5 @@ def check(sample, grad=None, backward=True, allowed=None):
             scale = max(scale, grad.norm().item() / math.sqrt(leaf.numel()))
             terms = terms // leaf.numel()
         permitted = allowed or tolerance(result.dtype, sample.input.dtype, terms)
+        permitted += ((roundings or {}).get(name, 1) - 1) * torch.finfo(result.dtype).eps / 2
         assert_near(f"{sample.case.name} of {describe(sample.input)}, {name}", result, expected[name], scale, permitted)

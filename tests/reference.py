@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu": lambda z, slope: z * (1 + torch.erf(z / math.sqrt(2))) / 2,
     "gelu_tanh": lambda z, slope: z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
     "hardswish": lambda z, slope: z * (z + 3).clamp(0, 6) / 6,
+    "mish": lambda z, slope: z * torch.tanh(torch.nn.functional.softplus(z)),
 }
 
 

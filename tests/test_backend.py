@@ -84,6 +84,7 @@ ACTIVATIONS = {
     "elu": nn.ELU,
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
+    "mish": nn.Mish,
 }
 each_norm = pytest.mark.parametrize("norm", NORMS)
 

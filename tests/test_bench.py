@@ -19,7 +19,7 @@ for library in "matplotlib", "rich", "sklearn":
 # ruff: noqa: E402
 from rich.console import Console
 
-from bench import layers, report, worker
+from bench import fused, layers, report, worker
 from bench.cases import DTYPES, LAYERS, LAYOUTS, SELECTIONS, Case, timed_cases
 from bench.charts import write_charts
 from bench.disturbance import (
@@ -437,6 +437,15 @@ class TestTurns:
         assert [one.regime for one in timings] == regimes
         assert all(one.rounds == 2 and one.agrees for one in timings)
 
+    @pytest.mark.parametrize("against", ["eager", "parts"])
+    @pytest.mark.parametrize("layer", fused.LAYERS)
+    def test_fused_case(self, layer, against, monkeypatch):
+        monkeypatch.setattr(worker.station(), "watch", Watch())
+        shape = (3, 32) if layer.startswith("add_") else (2, 32, 5, 5)
+        case = Case(layer, shape, "float32", "contiguous", "cpu")
+        (timing,) = time_case(case, [HEADLINE], How(against, seconds=0.0, rounds=2))
+        assert timing.agrees and timing.rounds == 2
+
 
 class TestParts:
     """Of a model's step."""
@@ -480,7 +489,8 @@ class TestParts:
             ("aten::addmm", "convolutions and products"),
             ("aten::mkldnn_convolution", "convolutions and products"),
             ("aten::mul", "other"),
-            ("normops::batch_norm", "other"),
+            ("normops::batch_norm", "norm forward"),
+            ("normops::_channel_norm_backward", "norm backward"),
         ],
     )
     def test_operators(self, operator, part):
@@ -501,6 +511,7 @@ def test_whole_step_of_a_model(monkeypatch):
     assert timing.agrees and timing.rounds >= measure.MIN_ROUNDS
     assert {"norm forward", "norm backward", "norm", "activations", "step"} <= set(timing.parts)
     assert timing.parts["norm"].torch < timing.parts["step"].torch
+    assert timing.fusions == 1 and {"norms, activations, adds", "step"} == set(timing.fused)
     # The output of each layer but the last, and gradients.
     assert timing.peak_bytes["torch"] >= 3 * 2 * 8 * 6 * 6 * 4
 

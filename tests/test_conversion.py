@@ -1,6 +1,7 @@
 """convert exchanges the classes of layers and nothing else; revert undoes it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -235,3 +236,88 @@ def test_nothing_to_convert(model):
         assert normops.convert(model) is model
     assert caught[0].filename == __file__
     normops.revert(model)  # which has nothing to say
+
+
+# convert(model, fuse=True)
+
+
+class Block(torch.nn.Sequential):
+    """As libraries write them: a Sequential with a constructor of its own."""
+
+    def __init__(self, channels, activation):
+        super().__init__(torch.nn.Conv2d(channels, channels, 1), torch.nn.BatchNorm2d(channels), activation)
+
+
+def blocks():
+    return torch.nn.Sequential(
+        Block(4, torch.nn.ReLU(inplace=True)),
+        Block(4, torch.nn.LeakyReLU(0.3)),
+        torch.nn.Sequential(
+            torch.nn.GroupNorm(2, 4), torch.nn.GELU("tanh"), torch.nn.InstanceNorm2d(4), torch.nn.SiLU()
+        ),
+    )
+
+
+def fused_norms(model):
+    return [m.activation for m in model.modules() if getattr(m, "activation", None) is not None]
+
+
+def test_fuse():
+    model = blocks().train()
+    original = copy.deepcopy(model)
+    objects, keys = list(model.modules()), list(model.state_dict())
+    assert normops.convert(model, fuse=True) is model
+    assert fused_norms(model) == ["relu", "leaky_relu", "gelu_tanh", "silu"]
+    assert model[1][1].negative_slope == 0.3
+    assert all(a is b for a, b in zip(objects, model.modules(), strict=True)) and keys == list(model.state_dict())
+    assert repr(model[0][2]) == "Absorbed(ReLU, now in the norm before it)"
+    x = torch.randn(3, 4, 5, 5)
+    results = []
+    for net in (model, original):
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    loaded = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(loaded(x), model(x))
+    normops.convert(model, fuse=True)  # again: nothing more
+    assert fused_norms(model) == ["relu", "leaky_relu", "gelu_tanh", "silu"]
+
+
+def test_revert_of_fused():
+    model = normops.revert(normops.convert(blocks(), fuse=True))
+    original = blocks()
+    assert repr(model) == repr(original)
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+    assert not fused_norms(model) and not any("_normops" in key for m in model.modules() for key in m.__dict__)
+
+
+def test_what_is_not_fused():
+    class Residual(torch.nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    def fused(*layers, prepare=lambda model: None, cls=torch.nn.Sequential):
+        model = cls(*layers)
+        prepare(model)
+        return fused_norms(normops.convert(model, fuse=True))
+
+    norm, relu = torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+    assert fused(norm, torch.nn.Dropout(), torch.nn.ReLU()) == []
+    assert fused(torch.nn.BatchNorm2d(4), torch.nn.ReLU(), cls=Residual) == []
+    assert fused(torch.nn.BatchNorm2d(4), torch.nn.Tanh()) == []
+    assert fused(torch.nn.BatchNorm2d(4), torch.nn.ELU(0.5)) == []
+    assert fused(norm, torch.nn.ReLU(), norm) == []
+    # A shared activation: absorbed in all places or in none.
+    assert fused(torch.nn.BatchNorm2d(4), relu, torch.nn.Conv2d(4, 4, 1), relu) == []
+    assert fused(torch.nn.BatchNorm2d(4), relu, torch.nn.BatchNorm2d(4), relu) == ["relu", "relu"]
+    for hooked in (0, 1):
+        hook = lambda model, at=hooked: model[at].register_forward_hook(lambda *args: None)  # noqa: E731
+        assert fused(torch.nn.BatchNorm2d(4), torch.nn.ReLU(), prepare=hook) == []
+
+
+def test_revert_leaves_layers_made_with_an_activation():
+    model = torch.nn.Sequential(normops.GroupNorm(2, 4, activation="relu"), normops.GroupNorm(2, 4))
+    normops.revert(model)
+    assert type(model[0]) is normops.GroupNorm and type(model[1]) is torch.nn.GroupNorm

@@ -197,9 +197,13 @@ def test_residual_of_another_layout(case, layout, device):
 @each_activation
 @few_cases
 def test_dtypes(case, activation, residual, dtype, memory_format, device):
-    """Rounded once, at the end, as a norm alone."""
+    """Rounded once, at the end, as a norm alone.
+
+    But for the gradient of the input, whose first step, the gradient before the activation, may be rounded too.
+    """
     sample = fused(case, activation, residual, dtype=dtype, device=device)
-    check(laid_out(sample, lambda x: x.contiguous(memory_format=memory_format)))
+    sample = laid_out(sample, lambda x: x.contiguous(memory_format=memory_format))
+    check(sample, roundings={"grad_input": 2} if activation not in (None, "relu", "relu6") else {})
 
 
 @pytest.mark.real_device

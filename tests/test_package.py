@@ -71,6 +71,22 @@ def test_tables_of_what_works():
             assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), row
 
 
+def test_recipe_of_an_activation():
+    """CONTRIBUTING names every place where an activation is applied, and none that is not there."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## How to add an activation")[1].split("\n## ")[0]
+    steps, places = section.split("Where an activation is applied")
+    for path in re.findall(r"`([\w/]+\.(?:h|py))`", steps):
+        assert (ROOT / path).exists(), path
+    named = re.findall(r"`(\w+)`", places)
+    sources = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.*")}
+    for name in named:
+        assert any(re.search(rf"\b{name}\b", text) for text in sources.values()), name
+    applies = re.compile(r"[ .]activate\(|[ .]differentiate\(|\bactivated\(|\bactivation_derivative\(")
+    for path, text in sources.items():
+        if applies.search(text) and path.name not in ("epilogue.cpp", "kernels.h", "composed.h"):
+            assert any(re.search(rf"\b{name}\b", text) for name in named), path
+
+
 @pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="needs the objects of a build, and nm")
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: "-".join(path.with_suffix("").parts[-3:]))
 def test_symbols(path):

@@ -9,9 +9,10 @@ from torch import nn
 import normops
 from bench.disturbance import collect, settle
 from bench.measure import Comparison, largest_errors
-from bench.models.step import PARTS, Step, peak_memory, seconds, seconds_by_part
+from bench.models.step import FUSED, PARTS, Step, peak_memory, seconds, seconds_by_part
 from bench.models.zoo import MODELS, Model
 from bench.worker import station
+from normops.backend import backend
 
 MIN_ROUNDS = 3
 WAIT = 30.0  # seconds for the machine to come to rest: beside another process a model may take ten times as long
@@ -27,6 +28,8 @@ class ModelTiming:
     parts: dict[str, Comparison]  # of `PARTS`, "norm" (both passes) and "step"
     null: dict[str, Comparison]  # the same of torch's layers against themselves
     compiled: Comparison | None
+    fused: dict[str, Comparison]  # FUSED and "step", with the layers of torch and backend="normops"; empty if it failed
+    fusions: int  # of several calls
     peak_bytes: dict[str, int]
     difference: float  # of the outputs
     doubts: list[str] = field(default_factory=list)
@@ -48,6 +51,10 @@ def time_model(name: str, malloc: str, how_long: float, compiled: bool) -> Model
     first = {side: step() for side, step in steps.items()}
     difference = largest_errors({"output": first["normops"]}, {"output": first["torch"]})["output"]
     peaks = {side: peak_memory(steps[side]) for side in ("torch", "normops")}
+    fused, fusions = fuse_step(model, module, inputs, steps["torch"].gradient)
+    if fused is not None:
+        steps["fused"] = fused
+        peaks["fused"] = peak_memory(fused)
     if compiled:
         steps |= compile_steps(model, modules, inputs)
 
@@ -58,7 +65,12 @@ def time_model(name: str, malloc: str, how_long: float, compiled: bool) -> Model
             if side in modules:
                 parts = seconds_by_part(steps[side], norms)
                 parts["norm"] = parts["norm forward"] + parts["norm backward"]
-                times |= {f"{side}: {part}": value for part, value in parts.items()}
+            elif side == "fused":
+                parts = seconds_by_part(steps[side], [])  # its norms are functions of normops
+            else:
+                continue
+            parts[FUSED] = sum(parts[part] for part in ("norm forward", "norm backward", "activations", "adds"))
+            times |= {f"{side}: {part}": value for part, value in parts.items()}
         return times
 
     turn(0)
@@ -78,6 +90,8 @@ def time_model(name: str, malloc: str, how_long: float, compiled: bool) -> Model
         {part: compare("torch", "normops", part) for part in present},
         {part: compare("torch", "torch again", part) for part in present},
         compare("compiled torch", "compiled normops", "step") if compiled else None,
+        {part: compare("torch", "fused", part) for part in (FUSED, "step")} if fused is not None else {},
+        fusions,
         peaks,
         difference,
         rounds.doubts,
@@ -97,6 +111,18 @@ def make_steps(model: Model, modules: dict[str, nn.Module], inputs: dict) -> dic
         with torch.no_grad():
             gradient = torch.randn_like(probe.forward())
     return {side: Step(model, module, inputs, gradient) for side, module in modules.items()}
+
+
+def fuse_step(model: Model, module: nn.Module, inputs: dict, gradient) -> tuple[Step | None, int]:
+    """A step of a copy under backend="normops", and how many fusions that has found."""
+    torch.compiler.reset()
+    normops.fusion_report(clear=True)
+    try:
+        step = Step(model, torch.compile(copy.deepcopy(module), backend=backend), inputs, gradient)
+        step(), step()
+    except torch._dynamo.exc.TorchDynamoException:  # which does not take every model
+        return None, 0
+    return step, sum("+" in fusion.what for fusion in normops.fusion_report(clear=True))
 
 
 def compile_steps(model: Model, modules: dict[str, nn.Module], inputs: dict) -> dict[str, Step]:

@@ -15,7 +15,7 @@ from bench.charts import BACKWARD, LINE, NORMOPS, TORCH, bare, headline, subtitl
 from bench.machine import MIB
 from bench.measure import Comparison
 from bench.models.measure import ModelTiming
-from bench.models.step import PARTS
+from bench.models.step import FUSED, PARTS
 from bench.results import DOUBTFUL_SHARE, FORMAT, NOISY
 from bench.tables import make_table, speedup
 
@@ -44,16 +44,20 @@ def models_table(timings: list[ModelTiming]) -> Table:
     compiled = any(timing.compiled for timing in timings)
     caption = (
         "torch / normops, ± half the interquartile range: time in the forward and in the backward of norm layers, in "
-        "both, and of a whole step; null: torch / torch; ?: in doubt; peak: of tensors, with torch -> with normops"
+        "both, and of a whole step; null: torch / torch; ?: in doubt; peak: of tensors, with torch -> with normops -> "
+        'fused. Fused: torch\'s layers under backend="normops" of torch.compile: time in norms, activations and '
+        "additions, a whole step, and how many fusions there are"
     )
+    columns += ["fused parts", "fused step", "fusions"]
     columns += ["compiled"] if compiled else []
     table = make_table("Models", "model", "malloc", *columns, texts=2, caption=caption)
     for timing in timings:
         parts, doubtful = timing.parts, bool(timing.doubts)
         cells = [_ratio(parts.get(part), doubtful) for part in ("norm forward", "norm backward", "norm", "step")]
         null = timing.null["step"]
-        peak = " -> ".join(f"{timing.peak_bytes[side] / MIB:.0f}" for side in ("torch", "normops"))
+        peak = " -> ".join(f"{peak / MIB:.0f}" for peak in timing.peak_bytes.values())
         row = [timing.model, timing.malloc, *cells, f"{null.speedup:.2f} ±{null.spread:3.0%}", peak]
+        row += [*(_ratio(timing.fused.get(part), doubtful) for part in (FUSED, "step")), str(timing.fusions)]
         table.add_row(*row, *[_ratio(timing.compiled, doubtful)] * compiled)
     return table
 
@@ -101,6 +105,9 @@ def verdict(timings: list[ModelTiming], failed: Mapping[str, str]) -> list[str]:
             for part in ("norm forward", "norm backward", "norm", "step")
             if any(part in timing.parts for timing in here)
         }
+        for part in (FUSED, "step"):
+            if fused := [timing.fused[part].speedup for timing in here if timing.fused]:
+                means[f"fused {part}"] = statistics.geometric_mean(fused)
         if means:
             text = ", ".join(f"{part} {mean:.2f}" for part, mean in means.items())
             lines.append(f"{malloc} malloc: torch / normops {text} (geometric means of {len(here)} models)")

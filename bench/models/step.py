@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.models.zoo import PROMPT, Model
 
+FUSED = "norms, activations, adds"  # what a fused call has taken over, together
 PARTS = ["norm forward", "norm backward", "activations", "adds", "convolutions and products", "other"]
 _ACTIVATIONS = {
     *("relu", "relu_", "clamp_min", "clamp_min_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_"),
@@ -127,6 +128,8 @@ def sort_events(roots: Iterator[FunctionEvent], ranges: list[tuple[int, int]]) -
 
 def part_of(operator: str) -> str:
     namespace, _, name = operator.rpartition("::")
+    if namespace == "normops":
+        return "norm backward" if name.endswith("backward") else "norm forward"
     if namespace != "aten":
         return "other"
     if name in _ACTIVATIONS:

@@ -245,16 +245,11 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
     z_scale[i] = A(factor);
     z_shift[i] = A(epilogue.bias[i % C] - SplitMean<A>(stat_mean[group]).low * factor);
   }
-  const auto before_epilogue = [&](const Region& r, int64_t k, const Tile& tile) {
-    const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
-    return EpilogueGradient<T>(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
-                               {center + at, z_scale + at, z_shift + at}, epilogue.activation,
-                               epilogue.residual.lines(g, k, r.first_channel),
-                               epilogue.output.lines(g, k, r.first_channel));
-  };
+  // What goes on from the first stage.
+  const Operand<const T> gradient = epilogue ? Operand<const T>{epilogue.dz.data, epilogue.dz.strides} : dy;
 
   const auto reduce = [&](const Region& r) {
-    if (!sums_needed) return;
+    if (!sums_needed && !epilogue) return;
     for_tiles(g, r, Order::kForwards, [&](int64_t k, const Tile& tile) {
       if (k + 1 < r.last_segment) {
         dy.prefetch(g, k + 1, r.first_channel);
@@ -262,7 +257,17 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       }
       const int64_t at = k * C + r.first_channel;
       if (epilogue) {
-        before_epilogue(r, k, tile).sums(sum_dy + at, sum_dy_x + at);
+        const int64_t c = g.row_of(g.sample_of(k)) * C + r.first_channel;
+        const auto of = [&](const auto& operand) { return operand.lines(g, k, r.first_channel); };
+        const EpilogueGradient<T> before{tile,
+                                         of(dy),
+                                         of(x),
+                                         {center + c, z_scale + c, z_shift + c},
+                                         epilogue.activation,
+                                         of(epilogue.residual),
+                                         of(epilogue.output),
+                                         of(epilogue.dz)};
+        before.run(sums_needed ? sum_dy + at : nullptr, sums_needed ? sum_dy_x + at : nullptr);
         return;
       }
       kernel.grad_sums(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
@@ -308,16 +313,12 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
     });
   };
   const auto apply = [&](const Region& r) {
-    if (dx.data == nullptr && epilogue.grad_residual.data == nullptr) return;
+    if (dx.data == nullptr) return;
     for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& tile) {
       const int64_t at = g.row_of(g.sample_of(k)) * C + r.first_channel;
-      const Lines<const T> from = dy.lines(g, k, r.first_channel);
+      const Lines<const T> from = gradient.lines(g, k, r.first_channel);
       const Lines<T> to = dx.lines(g, k, r.first_channel);
-      if (epilogue) {
-        before_epilogue(r, k, tile)
-            .apply(to, epilogue.grad_residual.lines(g, k, r.first_channel),
-                   {center + at, scale + at, slope + at, shift + at}, given);
-      } else if (given) {
+      if (given) {
         kernel.scale(tile, from, to, scale + at);
       } else {
         kernel.grad_apply(tile, from, x.lines(g, k, r.first_channel), to,
@@ -450,14 +451,15 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                const OptionalTensor& residual, const OptionalTensor& output, OptionalName activation,
                                double negative_slope) {
   const Activation kind = as_activation(activation, negative_slope);
-  at::Tensor x = input, dy = grad_output, dx, dresidual, added, y;
+  at::Tensor x = input, dy = grad_output, dx, dresidual, added, y, unwanted;
   if (output_mask[0]) dx = new_like(input);
   if (output_mask[3]) dresidual = new_like(input);
   if (kind) {
     added = residual.value_or(at::Tensor());
     y = output.value_or(at::Tensor());
+    if (!output_mask[0] && !output_mask[3]) unwanted = new_like(input);
   }
-  Operands operands{&x, &dy, &dx, &added, &y, &dresidual};
+  Operands operands{&x, &dy, &dx, &added, &y, &dresidual, &unwanted};
   const Geometry g = operands.view(num_groups, over_batch, /*wide=*/true).geometry;
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
@@ -478,7 +480,9 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                         operands.input<scalar_t>(added),
                         operands.input<scalar_t>(y),
                         {b, 0},
-                        operands.output<scalar_t>(dresidual)};
+                        operands.output<scalar_t>(output_mask[3]   ? dresidual
+                                                  : output_mask[0] ? dx
+                                                                   : unwanted)};
           }
           channel_backward<scalar_t>(g, operands.input<scalar_t>(dy), operands.input<scalar_t>(x),
                                      operands.output<scalar_t>(dx), {w, 1}, means.const_data_ptr<double>(),

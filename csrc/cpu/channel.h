@@ -7,6 +7,7 @@
 
 #include <memory>
 
+#include "../activation.h"
 #include "../tensors.h"
 #include "kernels.h"
 #include "memory.h"
@@ -73,7 +74,8 @@ struct Epilogue {
   // Of the backward, where there is an activation:
   Operand<const T> output{};  // what its derivative is taken from, or else from x, bias and residual
   Parameter<T> bias{at::Tensor(), 0};
-  Operand<T> grad_residual{};
+  Operand<T>
+      dz{};  // where the gradient before it goes: to the residual's, or to dx, of which it is then the first step
 
   explicit operator bool() const { return activation || residual.data; }
 };

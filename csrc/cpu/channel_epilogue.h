@@ -9,12 +9,13 @@
 #include <memory>
 #include <type_traits>
 
+#include "../activation.h"
 #include "kernels.h"
 
 namespace normops::cpu {
 
 // Elements of a piece; and the fewest lines of a channels_last tile, where every sum takes a pass over the channels.
-constexpr int64_t kPieceElements = 4096, kPieceLines = 16;
+constexpr int64_t kPieceElements = 4096, kPieceLines = 32;
 
 struct Piece {
   Tile tile;
@@ -78,6 +79,10 @@ void apply_epilogue(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwar
                     const Activation& activation, Lines<const T> residual) {
   using A = Acc<T>;
   const Kernels<T>& kernel = kernels().of<T>();
+  if (const auto pieces = linear_pieces(activation)) {
+    kernel.apply_linear(tile, x, residual, y, k, *pieces);
+    return;
+  }
   const Kernels<A>& wide = kernels().of<A>();
   constexpr bool kWide = std::is_same_v<T, A>;
   const auto memory = kWide ? nullptr : piece_memory<A>(tile.channels, tile.width);
@@ -96,86 +101,93 @@ void apply_epilogue(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwar
   });
 }
 
-// The way back through the epilogue: dz, the gradient before the activation, is made anew wherever it is needed, from
-// what is there in any case.
+// The way back through the epilogue: makes dz, the gradient before the activation, and takes its sums while it is in
+// cache. dz goes where a result will be, that of the residual or dx, and is rounded to its type; the sums are not of
+// the rounded values, but where rounding does not change them.
 template <typename T>
-class EpilogueGradient {
+struct EpilogueGradient {
   using A = Acc<T>;
-  static constexpr bool kWide = std::is_same_v<T, A>;
 
- public:
-  // Of one tile. `output` takes the place of x and residual where its data is not null.
-  EpilogueGradient(const Tile& tile, Lines<const T> dy, Lines<const T> x, const ForwardCoefficients<A>& k,
-                   const Activation& activation, Lines<const T> residual, Lines<const T> output)
-      : tile_(tile),
-        dy_(dy),
-        x_(x),
-        residual_(residual),
-        output_(output),
-        k_(k),
-        activation_(activation),
-        dz_(piece_memory<A>(tile.channels, tile.width)),
-        wide_x_(kWide ? nullptr : piece_memory<A>(tile.channels, tile.width)) {}
+  Tile tile;
+  Lines<const T> dy, x;
+  ForwardCoefficients<A> k;  // to make anew what the activation was applied to
+  Activation activation;
+  Lines<const T> residual, output;  // the latter, where its data is not null, in place of x and the former
+  Lines<T> dz;
 
-  // Per channel: the sums of dz and of dz * (x - center).
-  void sums(double* sum_dz, double* sum_dz_x) const {
-    const int64_t channels = tile_.channels;
-    const std::unique_ptr<double[]> part(new double[2 * channels]);
-    std::fill_n(sum_dz, channels, 0.0);
-    std::fill_n(sum_dz_x, channels, 0.0);
-    for_pieces(tile_, [&](const Piece& piece) {
-      const auto [dz, x] = gradient(piece);
-      wide().grad_sums(piece.tile, read_only(dz), x, k_.center + piece.channel, part.get(), part.get() + channels);
-      for (int64_t c = 0; c < piece.tile.channels; ++c) {
-        sum_dz[piece.channel + c] += part[c];
-        sum_dz_x[piece.channel + c] += part[channels + c];
-      }
-    });
-  }
-
-  // dx by the coefficients, without those of x where the statistics are constants; and dz for the residual. Where data
-  // is null, it is not wanted.
-  void apply(Lines<T> dx, Lines<T> grad_residual, const BackwardCoefficients<A>& k, bool constant) const {
-    for_pieces(tile_, [&](const Piece& piece) {
-      const int64_t lines = piece.lines(), length = piece.length(), c = piece.channel;
-      const auto [dz, x] = gradient(piece);
-      if (grad_residual.data) kernel().narrow_lines(read_only(dz), piece.of(grad_residual), lines, length);
-      if (dx.data == nullptr) return;
-      Lines<A> to = dz;
-      if constexpr (kWide) to = piece.of(dx);
-      if (constant)
-        wide().scale(piece.tile, read_only(dz), to, k.scale + c);
-      else
-        wide().grad_apply(piece.tile, read_only(dz), x, to, {k.center + c, k.scale + c, k.slope + c, k.shift + c});
-      if constexpr (!kWide) kernel().narrow_lines(read_only(dz), piece.of(dx), lines, length);
-    });
+  // Sums of dz and of dz * (x - center) per channel, if wanted.
+  void run(double* sum_dz, double* sum_dz_x) const {
+    if (sum_dz) {
+      std::fill_n(sum_dz, tile.channels, 0.0);
+      std::fill_n(sum_dz_x, tile.channels, 0.0);
+    }
+    const auto pieces = linear_pieces(activation);
+    const bool exact = std::is_same_v<T, A> || (pieces && pieces->slope == 0);
+    if (pieces && exact && (output.data || !residual.data))
+      gated(*pieces, sum_dz, sum_dz_x);
+    else
+      in_steps(sum_dz, sum_dz_x);
   }
 
  private:
   static const Kernels<T>& kernel() { return kernels().of<T>(); }
   static const Kernels<A>& wide() { return kernels().of<A>(); }
 
-  // dz, and x to go with it.
-  std::pair<Lines<A>, Lines<const A>> gradient(const Piece& piece) const {
-    const int64_t lines = piece.lines(), length = piece.length(), c = piece.channel;
-    const Lines<A> dz = piece.in(dz_.get());
-    const Lines<const A> x = widened(piece, x_, wide_x_.get());
-    if (output_.data) {
-      kernel().widen_lines(piece.of(output_), dz, lines, length);
-    } else {
-      wide().apply(piece.tile, x, dz, {k_.center + c, k_.scale + c, k_.shift + c});
-      if (residual_.data) kernel().add_lines(piece.of(residual_), dz, lines, length);
-    }
-    wide().differentiate(activation_, dz, lines, length);
-    kernel().multiply_lines(piece.of(dy_), dz, lines, length);
-    return {dz, x};
+  ForwardCoefficients<A> coefficients(const Piece& piece) const {
+    return {k.center + piece.channel, k.scale + piece.channel, k.shift + piece.channel};
   }
 
-  Tile tile_;
-  Lines<const T> dy_, x_, residual_, output_;
-  ForwardCoefficients<A> k_;
-  Activation activation_;
-  std::unique_ptr<A[]> dz_, wide_x_;
+  // One loop for dz and the plain kernel for its sums.
+  void gated(const activations::LinearPieces& pieces, double* sum_dz, double* sum_dz_x) const {
+    const auto part = sums_memory(sum_dz);
+    for_pieces(tile, [&](const Piece& piece) {
+      const Lines<T> to = piece.of(dz);
+      if (output.data)
+        kernel().gate_by_output(piece.of(dy), piece.of(output), to, piece.lines(), piece.length(), pieces);
+      else
+        kernel().gate(piece.tile, piece.of(dy), piece.of(x), to, coefficients(piece), pieces);
+      if (!sum_dz) return;
+      kernel().grad_sums(piece.tile, read_only(to), piece.of(x), k.center + piece.channel, part.get(),
+                         part.get() + tile.channels);
+      add(piece, part.get(), sum_dz, sum_dz_x);
+    });
+  }
+
+  // Step by step, in the type of the arithmetic.
+  void in_steps(double* sum_dz, double* sum_dz_x) const {
+    const auto part = sums_memory(sum_dz);
+    const auto memory = piece_memory<A>(tile.channels, tile.width);
+    const auto wide_x = std::is_same_v<T, A> ? nullptr : piece_memory<A>(tile.channels, tile.width);
+    for_pieces(tile, [&](const Piece& piece) {
+      const int64_t lines = piece.lines(), length = piece.length();
+      const Lines<A> gradient = piece.in(memory.get());
+      const Lines<const A> input = widened(piece, x, wide_x.get());
+      if (output.data) {
+        kernel().widen_lines(piece.of(output), gradient, lines, length);
+      } else {
+        wide().apply(piece.tile, input, gradient, coefficients(piece));
+        if (residual.data) kernel().add_lines(piece.of(residual), gradient, lines, length);
+      }
+      wide().differentiate(activation, gradient, lines, length);
+      kernel().multiply_lines(piece.of(dy), gradient, lines, length);
+      kernel().narrow_lines(read_only(gradient), piece.of(dz), lines, length);
+      if (!sum_dz) return;
+      wide().grad_sums(piece.tile, read_only(gradient), input, k.center + piece.channel, part.get(),
+                       part.get() + tile.channels);
+      add(piece, part.get(), sum_dz, sum_dz_x);
+    });
+  }
+
+  std::unique_ptr<double[]> sums_memory(const double* wanted) const {
+    return std::unique_ptr<double[]>(wanted ? new double[2 * tile.channels] : nullptr);
+  }
+
+  void add(const Piece& piece, const double* part, double* sum_dz, double* sum_dz_x) const {
+    for (int64_t c = 0; c < piece.tile.channels; ++c) {
+      sum_dz[piece.channel + c] += part[c];
+      sum_dz_x[piece.channel + c] += part[tile.channels + c];
+    }
+  }
 };
 
 }  // namespace normops::cpu

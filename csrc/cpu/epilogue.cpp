@@ -1,8 +1,10 @@
 // What a fused epilogue adds to the engines' kernels: loops over lines that are in the nearest cache, between elements
 // and the type of the arithmetic. Compiled once per instruction set.
 
+#include <cmath>
+
 #include "../activation.h"
-#include "pack.h"
+#include "tiles.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
@@ -20,6 +22,8 @@ struct Number {
   NORMOPS_INLINE friend Number operator-(const Number& a) { return {a.v.neg()}; }
   NORMOPS_INLINE friend Number operator*(const Number& a, const Number& b) { return {a.v * b.v}; }
   NORMOPS_INLINE friend Number operator*(const Number& a, double b) { return {a.v * Vec(A(b))}; }
+
+  NORMOPS_INLINE friend Number operator/(const Number& a, const Number& b) { return {a.v / b.v}; }
 
   NORMOPS_INLINE friend Number exp(const Number& z) { return {z.v.exp()}; }
   NORMOPS_INLINE friend Number erf(const Number& z) { return {z.v.erf()}; }
@@ -107,6 +111,69 @@ NORMOPS_KERNEL narrow_lines(Lines<const Acc<T>> source, Lines<T> target, int64_t
   });
 }
 
+// What activations::LinearPieces says, in registers.
+template <typename T>
+struct Pieces {
+  using A = Acc<T>;
+  using Vec = typename Pack<T>::Vec;
+  Vec slope, lower, upper, last;
+
+  NORMOPS_INLINE explicit Pieces(const activations::LinearPieces& p)
+      : slope(A(p.slope)),
+        lower(A(p.lower)),
+        upper(A(p.upper)),
+        last(std::isinf(p.upper) ? A(p.upper) : std::nextafter(A(p.upper), A(0))) {}
+
+  NORMOPS_INLINE Pack<T> value(Pack<T> z) const {
+    for (Vec& part : z.part) {
+      part = at::vec::clamp(part, lower, upper);
+      part = Vec::blendv(part * slope, part, part > Vec(A(0)));
+    }
+    return z;
+  }
+  NORMOPS_INLINE Pack<T> gate(Pack<T> dy, const Pack<T>& z) const {
+    for (int i = 0; i < Pack<T>::kParts; ++i) {
+      const Vec sloped = Vec::blendv(dy.part[i] * slope, dy.part[i], z.part[i] > Vec(A(0)));
+      dy.part[i] = Vec::blendv(Vec(A(0)), sloped, z.part[i] <= last);
+    }
+    return dy;
+  }
+};
+
+template <typename T>
+NORMOPS_KERNEL apply_linear(const Tile& tile, Lines<const T> x, Lines<const T> residual, Lines<T> y,
+                            const ForwardCoefficients<Acc<T>>& k, const activations::LinearPieces& linear) {
+  const Pieces<T> pieces(linear);
+  if (residual.data) {
+    map<T, 2, 3>(tile, {x, residual}, y, {k.center, k.scale, k.shift}, [&](const Pack<T>* v, const Pack<T>* k) {
+      return pieces.value(fmadd(v[0] - k[0], k[1], k[2]) + v[1]);
+    });
+  } else {
+    map<T, 1, 3>(tile, {x}, y, {k.center, k.scale, k.shift},
+                 [&](const Pack<T>* v, const Pack<T>* k) { return pieces.value(fmadd(v[0] - k[0], k[1], k[2])); });
+  }
+}
+
+template <typename T>
+NORMOPS_KERNEL gate(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dz,
+                    const ForwardCoefficients<Acc<T>>& k, const activations::LinearPieces& linear) {
+  const Pieces<T> pieces(linear);
+  map<T, 2, 3>(tile, {dy, x}, dz, {k.center, k.scale, k.shift},
+               [&](const Pack<T>* v, const Pack<T>* k) { return pieces.gate(v[0], fmadd(v[1] - k[0], k[1], k[2])); });
+}
+
+template <typename T>
+NORMOPS_KERNEL gate_by_output(Lines<const T> dy, Lines<const T> y, Lines<T> dz, int64_t lines, int64_t length,
+                              const activations::LinearPieces& linear) {
+  const Pieces<T> pieces(linear);
+  for_lines(
+      dy.stride == length && y.stride == length && dz.stride == length, lines, length, [&](int64_t line, int64_t n) {
+        sweep<T, 2>(n, [&](int64_t j, auto lanes, auto) {
+          pieces.gate(Pack<T>::load(dy[line] + j, lanes), Pack<T>::load(y[line] + j, lanes)).store(dz[line] + j, lanes);
+        });
+      });
+}
+
 // sum = a + b
 template <typename T>
 NORMOPS_KERNEL sum_lines(Lines<const T> a, Lines<const T> b, Lines<T> sum, int64_t lines, int64_t length) {
@@ -128,6 +195,9 @@ void add(Kernels<T>& kernels) {
   kernels.add_lines = add_lines<T>;
   kernels.multiply_lines = multiply_lines<T>;
   kernels.narrow_lines = narrow_lines<T>;
+  kernels.apply_linear = apply_linear<T>;
+  kernels.gate = gate<T>;
+  kernels.gate_by_output = gate_by_output<T>;
   kernels.sum_lines = sum_lines<T>;
 }
 

@@ -6,9 +6,18 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../activation.h"
 #include "../geometry.h"
 #include "../statistics.h"
+
+namespace normops {
+
+// In activation.h, with which few kernels have to do.
+struct Activation;
+namespace activations {
+struct LinearPieces;
+}
+
+}  // namespace normops
 
 namespace normops::cpu {
 
@@ -108,6 +117,14 @@ struct Kernels {
   void (*add_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
   void (*multiply_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
   void (*narrow_lines)(Lines<const Acc<T>> source, Lines<T> target, int64_t lines, int64_t length);
+  // The same in one loop for activations that are linear in pieces; the data of the residual may be null. And the way
+  // back, dz from dy and from what came before the activation, or from its output.
+  void (*apply_linear)(const Tile&, Lines<const T> x, Lines<const T> residual, Lines<T> y,
+                       const ForwardCoefficients<Acc<T>>&, const activations::LinearPieces&);
+  void (*gate)(const Tile&, Lines<const T> dy, Lines<const T> x, Lines<T> dz, const ForwardCoefficients<Acc<T>>&,
+               const activations::LinearPieces&);
+  void (*gate_by_output)(Lines<const T> dy, Lines<const T> y, Lines<T> dz, int64_t lines, int64_t length,
+                         const activations::LinearPieces&);
   void (*sum_lines)(Lines<const T> a, Lines<const T> b, Lines<T> sum, int64_t lines, int64_t length);
 };
 

@@ -95,7 +95,7 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 template <typename T>
-__device__ __forceinline__ T* map_shared(T* pointer, unsigned rank) {
+__device__ __forceinline__ T* map_shared(T* pointer, [[maybe_unused]] unsigned rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().map_shared_rank(pointer, rank);
 #else

@@ -32,7 +32,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test test-models test-torches build dev cuda gpu lint format package dist nightly clean
+.PHONY: bench test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -65,6 +65,11 @@ cuda: $(ENVIRONMENT)
 	NORMOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(RUN) setup.py --quiet build --build-lib build/cuda
 	cd build/cuda && $(abspath $(RUN)) -m normops
 	$(RUN) tests/cuda/resources.py build
+
+# A second compiler reads the kernels: clang 22 or newer, and the headers of a CUDA toolkit. No warnings.
+CLANG ?= clang++
+cuda-clang: $(ENVIRONMENT)
+	CLANG=$(CLANG) PYTHON=$(RUN) bash tests/cuda/clang.sh
 
 ifneq ($(ENVIRONMENT),)
 # A .pth file makes this source tree importable from any folder.

@@ -112,7 +112,7 @@ def predict_kernel(card, launches, table, tensor_bytes, element_size, warm):
     in_flight = resident * threads * figures["flight"] * of_vector
     warps_at_work = min(1.0, blocks / card.multiprocessors)
     vectors = reads * tensor_bytes / of_vector
-    instructions = figures["instructions"] / vectors_at_once(short, arguments) * vectors / 32
+    instructions = (figures["loop"] or figures["path"]) / vectors_at_once(short, arguments) * vectors / 32
     limits = {
         "bandwidth": far / card.bandwidth + near / card.cache_bandwidth,
         "latency": reads * tensor_bytes / (in_flight / card.latency),

@@ -27,6 +27,18 @@ struct Array {
   }
 };
 
+// Kernels step from one line of a block to the next in 32 bits. Only short lines have others in their block.
+void check_steps(const ChannelView& view, int element_size) {
+  constexpr int64_t kLongest = 128 * 1024;
+  const Geometry& g = view.geometry;
+  if (g.layout != Layout::kContiguous || !g.over_batch || g.samples == 1 || g.positions * element_size > kLongest)
+    return;
+  for (const Strides& s : view.strides) {
+    TORCH_CHECK(s.sample * element_size <= std::numeric_limits<uint32_t>::max(),
+                "normops: expected samples of small planes less than 4 GiB apart, got a stride of ", s.sample);
+  }
+}
+
 // How the tensors are walked. Contiguous planes that would be walked element by element, as their lengths are no
 // multiples of a vector's, are walked as wide channels (geometry.h) where that makes vectors of them, unless `fits`
 // says that a plan does not go over memory twice.
@@ -41,6 +53,7 @@ Plan plan_of(ChannelView& view, const std::vector<at::Tensor*>& tensors, int64_t
     }
     return make_plan(view.geometry, size, vectors);
   };
+  check_steps(view, size);
   const Plan plan = plan_as_seen();
   if (plan.vectors || plan.layout != Layout::kContiguous || !over_batch || fits(plan)) return plan;
   const ChannelView narrow = view;

@@ -90,7 +90,13 @@ bool vectorizable(const Geometry& g, const void* data, const Strides& s, int ele
 
 Plan make_plan(const Geometry& g, int element_size, bool vectors) {
   const int64_t size = vectors ? kVectorBytes / element_size : 1;
-  Plan plan{g.layout, vectors, g.over_batch, /*centered=*/true, g.rows(), g.channels * g.width};
+  Plan plan{};
+  plan.layout = g.layout;
+  plan.vectors = vectors;
+  plan.over_batch = g.over_batch;
+  plan.centered = true;
+  plan.rows = g.rows();
+  plan.columns = g.channels * g.width;
   plan.group_size = g.group_size() * g.width;
   plan.width = g.width;
   plan.groups = plan.columns / plan.group_size;

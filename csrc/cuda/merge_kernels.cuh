@@ -91,7 +91,8 @@ template <typename A>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const Plan plan, const MergeGrid grid, const ForwardMerge<A> a) {
   NORMOPS_SHARED(double, told_rstd, kWarp);
-  NORMOPS_SHARED(SplitMean<A>, told_mean, kWarp);
+  NORMOPS_SHARED(A, told_center, kWarp);
+  NORMOPS_SHARED(double, told_low, kWarp);
   const MergeBlock block(plan, grid);
   const double n = double(plan.cut.lines) * plan.cut.positions * plan.group_size;
   // Sums about the mean of the first chunk, of which hardly anything cancels in double.
@@ -127,19 +128,21 @@ __global__ void __launch_bounds__(kMergeThreads)
     a.var[block.statistic] = a.reciprocal ? rstd : var;
     if (a.running.running[0]) move_running(a.running, 0, block.statistic, mean);
     if (a.running.running[1]) move_running(a.running, 1, block.statistic, var);
-    told_mean[block.x] = SplitMean<A>(mean);
+    const SplitMean<A> split(mean);
+    told_center[block.x] = split.center;
+    told_low[block.x] = split.low;
     told_rstd[block.x] = rstd;
   }
   if (!a.coefficients.scale) return;
   __syncthreads();
   for (uint32_t c = threadIdx.x; c < block.columns; c += kMergeThreads) {
-    const SplitMean<A> split = told_mean[block.told(c)];
+    const uint32_t told = block.told(c);
     const int64_t parameter = plan.width > 1 ? block.statistic : block.first + c;
     const int64_t i = block.row * plan.columns + block.first + c;
-    const double factor = told_rstd[block.told(c)] * read_as<double>(a.weight, parameter);
-    a.coefficients.center[i] = split.center;
+    const double factor = told_rstd[told] * read_as<double>(a.weight, parameter);
+    a.coefficients.center[i] = told_center[told];
     a.coefficients.scale[i] = A(factor);
-    a.coefficients.shift[i] = A(read_as<double>(a.bias, parameter) - split.low * factor);
+    a.coefficients.shift[i] = A(read_as<double>(a.bias, parameter) - told_low[told] * factor);
   }
 }
 
@@ -147,14 +150,17 @@ template <typename A>
 __global__ void __launch_bounds__(kMergeThreads)
     grad_merge_kernel(const Plan plan, const MergeGrid grid, const BackwardMerge<A> a) {
   NORMOPS_SHARED(double, told_rstd, kWarp);
-  NORMOPS_SHARED(SplitMean<A>, told_mean, kWarp);
+  NORMOPS_SHARED(A, told_center, kWarp);
+  NORMOPS_SHARED(double, told_low, kWarp);
   NORMOPS_SHARED(A, told_slope, kWarp);
   NORMOPS_SHARED(A, told_shift, kWarp);
   const MergeBlock block(plan, grid);
   const bool wide = plan.width > 1;
   if (block.speaks()) {
     told_rstd[block.x] = a.reciprocal ? a.var[block.statistic] : 1 / sqrt(a.var[block.statistic] + a.eps);
-    told_mean[block.x] = SplitMean<A>(a.mean[block.statistic]);
+    const SplitMean<A> split(a.mean[block.statistic]);
+    told_center[block.x] = split.center;
+    told_low[block.x] = split.low;
   }
   __syncthreads();
   double group_sums[2] = {0, 0};  // of g = dy * weight and of g * xhat
@@ -175,7 +181,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   };
   const auto finish_sums = [&](int64_t channel, uint32_t column, const double (&sums)[2]) {
     const uint32_t i = block.told(column);
-    finish(channel, sums[0], (sums[1] - told_mean[i].low * sums[0]) * told_rstd[i]);
+    finish(channel, sums[0], (sums[1] - told_low[i] * sums[0]) * told_rstd[i]);
   };
   if (a.partials) {
     double sums[2] = {0, 0};
@@ -207,7 +213,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (block.grouped && !wide) block.sum(group_sums, /*over_lanes=*/true);
   if (block.speaks()) {
     const double n = a.total_dy ? a.total_count : double(plan.cut.lines) * plan.cut.positions * plan.group_size;
-    const InputGradient gradient(told_rstd[block.x], told_mean[block.x].low, group_sums[0] / n, group_sums[1] / n,
+    const InputGradient gradient(told_rstd[block.x], told_low[block.x], group_sums[0] / n, group_sums[1] / n,
                                  plan.centered);
     told_slope[block.x] = a.input_stats ? A(gradient.slope) : A(0);
     told_shift[block.x] = a.input_stats ? A(gradient.shift) : A(0);
@@ -217,7 +223,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     const uint32_t told = block.told(c);
     const int64_t parameter = wide ? block.statistic : block.first + c;
     const int64_t i = block.row * plan.columns + block.first + c;
-    a.coefficients.center[i] = told_mean[told].center;
+    a.coefficients.center[i] = told_center[told];
     a.coefficients.scale[i] = A(told_rstd[told] * read_as<double>(a.weight, parameter));
     a.coefficients.slope[i] = told_slope[told];
     a.coefficients.shift[i] = told_shift[told];

@@ -95,7 +95,7 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 template <typename T>
-__device__ __forceinline__ T* map_shared(T* pointer, unsigned rank) {
+__device__ __forceinline__ T* map_shared(T* pointer, [[maybe_unused]] unsigned rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().map_shared_rank(pointer, rank);
 #else
@@ -105,10 +105,13 @@ __device__ __forceinline__ T* map_shared(T* pointer, unsigned rank) {
 
 #endif  // NORMOPS_EMULATED
 
+// Has nothing to do but to say what it was compiled for.
+template <int = 0>
+__global__ void empty_kernel() {}
+
 // What launchers have to know of the device, asked once.
 struct Device {
   int index;
-  int multiprocessors;
   int shared_bytes;  // most a block may ask for
   bool clusters;
 
@@ -125,8 +128,11 @@ struct Device {
         check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
         return value;
       };
-      devices[index] = {index, ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                        ask(cudaDevAttrComputeCapabilityMajor) >= 9};
+      // A driver that compiles the code of an older architecture for this device makes no clusters of it.
+      cudaFuncAttributes compiled{};
+      check(cudaFuncGetAttributes(&compiled, empty_kernel<>), "cudaFuncGetAttributes");
+      devices[index] = {index, ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                        ask(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90};
     });
     return devices[index];
   }

@@ -25,11 +25,11 @@ template <int... kItems>
 struct Items {
   static constexpr int kMost = std::max({0, kItems...});
 
-  // The fewest that let a warp hold the row; where none do, the fewest from kMany on that let a block, of at most
+  // The fewest that let a warp hold the row; where none do, the fewest from kManyItems on that let a block, of at most
   // `threads(items)` threads; and where not even those do, the most, and more threads than there can be.
   template <typename F>
   static Shape spread(int64_t vectors, const F& threads) {
-    constexpr int kMany = 8, kTooMany = 16;
+    constexpr int kTooMany = 16;
     Shape shape{0, 0};
     const auto by_warp = [&](int items) {
       int team = 1;
@@ -39,7 +39,7 @@ struct Items {
     };
     const auto by_block = [&](int items) {
       shape = {items, int(std::min<int64_t>(INT32_MAX, ceil_div(ceil_div(vectors, items), kWarp) * kWarp))};
-      return items >= std::min(kMany, kMost) && shape.threads <= threads(items);
+      return items >= std::min(kManyItems, kMost) && shape.threads <= threads(items);
     };
     static_cast<void>((by_warp(kItems) || ...) || (by_block(kItems) || ...));
     return shape;
@@ -72,6 +72,12 @@ struct Ladder<T, false> {
   using Backward = std::conditional_t<sizeof(T) == 8, Items<4>, Items<4, 8>>;
   using BackwardShared = Items<>;
 };
+
+static_assert(Ladder<c10::Half, true>::Backward::kMost == backward_many(2, 8) &&
+              Ladder<float, true>::Backward::kMost == backward_many(4, 4) &&
+              Ladder<double, true>::Backward::kMost == backward_many(8, 2) &&
+              Ladder<float, false>::Backward::kMost == backward_many(4, 1) &&
+              Ladder<double, false>::Backward::kMost == backward_many(8, 1));
 
 template <typename T, typename F>
 void with_ladder(bool vectors, const F& f) {

@@ -49,11 +49,15 @@ struct Part {
   }
 };
 
-// The sums over all that share a row. In a cluster the blocks' sums are exchanged, and `told` may be written again only
-// after another of these with other memory.
-template <bool kCluster, int kTerms, typename A>
+// The sums over all that share a row; kWarps: which may be whole warps. In a cluster the blocks' sums are exchanged,
+// and `told` may be written again only after another of these with other memory.
+template <bool kWarps, bool kCluster, int kTerms, typename A>
 __device__ __forceinline__ void sum_row(A (&terms)[kTerms], const Team& team, A* shared, A* told) {
-  sum_threads(terms, team.threads, shared);
+  if constexpr (kWarps) {
+    sum_threads(terms, team.threads, shared);
+  } else {
+    sum_lanes(terms, team.threads);
+  }
   if constexpr (kCluster) {
     if (threadIdx.x == 0) {
 #pragma unroll
@@ -93,8 +97,8 @@ __device__ __forceinline__ Acc<T> sum_of(const Vector<T, kSize>& v) {
 }
 
 // Mean as the nearest A and the rest, and the variance, of the elements of kRows rows that a team's threads hold.
-template <bool kCluster, typename T, int kSize, int kItems, int kRows>
-__device__ __forceinline__ void row_moments(std::bool_constant<kCluster>,
+template <bool kWarps, bool kCluster, typename T, int kSize, int kItems, int kRows>
+__device__ __forceinline__ void row_moments(std::bool_constant<kWarps>, std::bool_constant<kCluster>,
                                             const RowVectors<T, kSize, kItems> (&x)[kRows], const Team& team,
                                             int64_t row_length, int length, bool centered, Acc<T> (&center)[kRows],
                                             Acc<T> (&low)[kRows], Acc<T> (&var)[kRows]) {
@@ -112,7 +116,7 @@ __device__ __forceinline__ void row_moments(std::bool_constant<kCluster>,
 #pragma unroll
       for (int i = 0; i < kItems; ++i) center[r] += sum_of(x[r].items[i]);
     }
-    sum_row<kCluster>(center, team, partial_sums, told_sums);
+    sum_row<kWarps, kCluster>(center, team, partial_sums, told_sums);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) center[r] *= inverse;
   }
@@ -132,7 +136,7 @@ __device__ __forceinline__ void row_moments(std::bool_constant<kCluster>,
       sums[2 * r + 1] += second;
     }
   });
-  sum_row<kCluster>(sums, team, partial_squares, told_squares);
+  sum_row<kWarps, kCluster>(sums, team, partial_squares, told_squares);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     low[r] = centered ? sums[2 * r] * inverse : A(0);
@@ -161,10 +165,13 @@ __device__ __forceinline__ void load_or(const W* array, Acc<W> absent, int first
   }
 }
 
-// Teams of more than a warp take one row.
-NORMOPS_HOST_DEVICE constexpr int forward_rows(int size, int items) { return size > 1 && items < 8 ? 8 / items : 1; }
+// In the forward, teams of more than a warp have at least so many vectors for each thread, and take one row.
+constexpr int kManyItems = 8;
+NORMOPS_HOST_DEVICE constexpr int forward_rows(int size, int items) {
+  return size > 1 && items < kManyItems ? kManyItems / items : 1;
+}
 NORMOPS_HOST_DEVICE constexpr int forward_threads(int size, int items) {
-  return size == 1 ? kMostThreads : items < 8 ? 256 : 512;
+  return size == 1 ? kMostThreads : items < kManyItems ? 256 : 512;
 }
 
 // `most`: elements of a part, in clusters.
@@ -184,7 +191,8 @@ __global__ void __launch_bounds__(forward_threads(kSize, kItems), 1)
 #pragma unroll
   for (int r = 0; r < kRows; ++r, from += a.x.stride) x[r].load(from, team, r < rows ? length : 0);
   A center[kRows], low[kRows], scale[kRows], shift[kRows];
-  row_moments(std::bool_constant<kCluster>(), x, team, a.length, length, a.centered, center, low, scale);
+  row_moments(std::bool_constant<(kItems >= kManyItems)>(), std::bool_constant<kCluster>(), x, team, a.length, length,
+              a.centered, center, low, scale);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     scale[r] = reciprocal_std(scale[r], A(a.eps));
@@ -322,6 +330,10 @@ struct ParameterSums<A, kSize, kItems, true> {
 enum class RowPlace { kBlock, kBlockAndShared, kCluster };
 
 constexpr int kBackwardThreads = 512;
+// Teams of more than a warp have at least so many vectors for each thread.
+NORMOPS_HOST_DEVICE constexpr int backward_many(int bytes, int size) {
+  return size == 1 ? (bytes == 8 ? 4 : 8) : bytes == 2 ? 2 : 4;
+}
 NORMOPS_HOST_DEVICE constexpr int backward_rows(int size, int items, RowPlace place) {
   return size > 1 && items < 4 && place != RowPlace::kBlockAndShared ? 4 / items : 1;
 }
@@ -334,6 +346,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   using A = Acc<T>;
   constexpr bool kShared = kPlace == RowPlace::kBlockAndShared, kCluster = kPlace == RowPlace::kCluster;
   constexpr int kRows = backward_rows(kSize, kItems, kPlace);
+  constexpr bool kWarps = kPlace != RowPlace::kBlock || kItems >= backward_many(sizeof(T), kSize);
   NORMOPS_SHARED(A, partial_sums, 2 * 2 * kRows * kWarp);
   NORMOPS_SHARED(A, told_sums, 2 * 2 * kRows);
   NORMOPS_DYNAMIC_SHARED(A, scratch);
@@ -404,7 +417,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if (a.dx == nullptr) continue;
     // The sums of one turn are read while those of the next are written.
     parity ^= 1;
-    sum_row<kCluster>(g_sums, team, partial_sums + parity * 2 * kRows * kWarp, told_sums + parity * 2 * kRows);
+    sum_row<kWarps, kCluster>(g_sums, team, partial_sums + parity * 2 * kRows * kWarp, told_sums + parity * 2 * kRows);
     T* const dx = a.dx + first * a.length + part.begin;
     A slope[kRows], shift[kRows];
 #pragma unroll

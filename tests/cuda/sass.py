@@ -1,7 +1,8 @@
 """What the machine code of a kernel says of its speed, read from ``cuobjdump -sass`` without a card.
 
 Nothing is run: instructions are taken in the order they are listed in, so a loop counts once and a branch as if it were
-taken both ways. The figures compare a kernel with itself, and with what memory needs to be kept busy.
+taken both ways, but for ``path`` and ``loop``. The figures compare a kernel with itself, and with what memory needs to
+be kept busy.
 """
 
 import os
@@ -15,12 +16,15 @@ from pathlib import Path
 # blocks: of those threads that the kernel is compiled for, what a multiprocessor holds (65,536 registers; its shared
 # memory is not counted).
 # flight: global loads that are under way at once, at most. waits: how often a thread waits for one, given that all that
-# were under way arrive with it. wide, narrow: global loads and stores of 16 bytes, and of less.
-# instructions: all of them. divisions: of 64-bit integers. fp64: double arithmetic, and conversions from and to it.
-FIELDS = ["blocks", "flight", "waits", "wide", "narrow", "instructions", "divisions", "fp64"]
+# were under way arrive with it.
+# wide, narrow: global loads and stores of 16 bytes, and of less.
+# instructions: all of them. path: those of one way through the kernel, on which no branch skips anything but what leads
+# to a routine of the compiler; loop: those of them in the longest loop that loads 16 bytes.
+# divisions: of 64-bit integers. fp64: double arithmetic, and conversions from and to it.
+FIELDS = ["blocks", "flight", "waits", "wide", "narrow", "instructions", "path", "loop", "divisions", "fp64"]
 
 REGISTERS, THREADS = 65536, {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
-KERNEL, LINE = re.compile(r"Function : (\S+)"), re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(.+?)\s*;")
+KERNEL, LINE = re.compile(r"Function : (\S+)"), re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.+?)\s*;")
 REGISTER = re.compile(r"\bR(\d+)\b(\.64)?")
 
 
@@ -79,8 +83,46 @@ def loads(instructions):
     return most, waits
 
 
-def figures(instructions):
-    operations = [operation for operation in map(_operation, instructions) if operation != "NOP"]
+def _target(instruction, places):
+    """Where a branch goes, as the number of an instruction; None for other instructions."""
+    match = re.search(r"\bBRA(?:\.\w+)* (?:!?U?P\d, )?0x([0-9a-f]+)", instruction)
+    return places.get(int(match[1], 16)) if match else None
+
+
+def path(listed):
+    """Numbers of the instructions of one way through."""
+    places = {address: number for number, (address, _) in enumerate(listed)}
+    number, way = 0, []
+    while number < len(listed):
+        instruction = listed[number][1]
+        way.append(number)
+        target, conditional = _target(instruction, places), instruction.startswith("@")
+        if _operation(instruction).startswith("EXIT") and not conditional:
+            break
+        number += 1
+        if target is not None and target >= number:
+            behind = [_operation(other) for _, other in listed[number : min(target, number + 8)]]
+            if not conditional or any(operation.startswith("CALL") for operation in behind):
+                number = target
+    return way
+
+
+def longest_loop(listed):
+    """The first and the last number of the longest stretch that is repeated and loads 16 bytes, or None."""
+    places, longest = {address: number for number, (address, _) in enumerate(listed)}, None
+    for number, (_, instruction) in enumerate(listed):
+        target = _target(instruction, places)
+        if target is None or target >= number or (longest and number - target <= longest[1] - longest[0]):
+            continue
+        if any(re.search(r"LDG\S*\.128", other) for _, other in listed[target:number]):
+            longest = target, number
+    return longest
+
+
+def figures(listed):
+    instructions = [instruction for _, instruction in listed if not instruction.startswith("NOP")]
+    way, loop = path(listed), longest_loop(listed)
+    operations = list(map(_operation, instructions))
     memory = [operation for operation in operations if operation.startswith(("LDG", "STG"))]
     wide = sum(".128" in operation for operation in memory)
     double = ("DADD", "DMUL", "DFMA", "DSETP", "MUFU.RCP64H", "MUFU.RSQ64H")
@@ -91,6 +133,8 @@ def figures(instructions):
         "wide": wide,
         "narrow": len(memory) - wide,
         "instructions": len(operations),
+        "path": len(way),
+        "loop": sum(loop[0] <= number <= loop[1] for number in way) if loop else 0,
         # A routine of the compiler that begins by converting the divisor.
         "divisions": sum(operation.startswith("I2F.U64.RP") for operation in operations),
         "fp64": sum(
@@ -139,7 +183,7 @@ def read(tool, path):
                 if match := KERNEL.search(line):
                     instructions = kernels.setdefault(match[1], [])
                 elif instructions is not None and (match := LINE.search(line)):
-                    instructions.append(match[1])
+                    instructions.append((int(match[1], 16), match[2]))
             found |= {(name, arch): figures(listed) for name, listed in kernels.items()}
             threads |= {(name, arch): count for name, count in threads_of(cubin).items()}
     return found, threads

@@ -164,6 +164,17 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   return normops::emulator::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value), cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  using normops::emulator::attribute;
+  attributes->ptxVersion =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  return cudaSuccess;
+}
+
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, size_t shared_bytes) {
   return *blocks = normops::emulator::blocks_per_multiprocessor(threads, shared_bytes), cudaSuccess;

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cases import CASES, SHAPE, each_case
+from torch import nn
 
+import normops
 from emulator import backend
 from emulator.build import HERE
 from emulator.sanitizers import run_python
@@ -44,6 +46,45 @@ def test_the_backend_comes_and_goes(capfd):
         assert launches() == counts[-1], "outside, nothing is emulated"
     assert counts[0] < counts[1]
     assert "verrid" not in capfd.readouterr().err, "no warning of kernels that take the place of others"
+
+
+LAUNCHES = {
+    "layer_norm": (nn.LayerNorm(768), (64, 768), 1, 2),
+    "rms_norm": (nn.RMSNorm(8192), (4, 8192), 1, 2),
+    "batch_norm_slab": (nn.BatchNorm2d(16, track_running_stats=False), (8, 16, 8, 8), 1, 1),
+    "batch_norm": (nn.BatchNorm2d(16, track_running_stats=False), (32, 16, 64, 64), 3, 3),
+    "batch_norm_eval": (nn.BatchNorm2d(16).eval(), (32, 16, 64, 64), 2, 3),
+    "group_norm": (nn.GroupNorm(4, 16), (2, 16, 32, 32), 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name):
+    """How many there are in the forward and in the backward, which gives gradients of input, weight and bias."""
+    layer, shape, *expected = LAUNCHES[name]
+    layer, library = normops.convert(layer), backend.library()
+    with backend.entered(), library.dry():
+        counts = []
+        library.clear()
+        output = layer(torch.empty(shape, requires_grad=True))
+        counts.append(sum(launches.launches for launches in library.report()))
+        library.clear()
+        output.backward(torch.empty_like(output))
+        counts.append(sum(launches.launches for launches in library.report()))
+    assert counts == expected
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_written_in_the_dtype_of_the_weight(weight_dtype):
+    x, dy = torch.randn(2, 4, 6, 8, dtype=torch.bfloat16)
+    weights = {size: torch.ones(size, dtype=weight_dtype) for size in (6, 8)}
+    ops = torch.ops.normops
+    with backend.entered():
+        _, mean, rstd = ops._row_norm(x, 1, weights[8], None, 1e-5, True)
+        rows = ops._row_norm_backward(dy, x, 1, mean, rstd, weights[8], 1e-5, True, [True] * 3)
+        _, mean, var = ops._channel_norm(x, None, None, weights[6], None, 2, False, 1e-5)
+        channels = ops._channel_norm_backward(dy, x, mean, var, weights[6], 2, False, 1e-5, True, [True] * 3)
+    assert [gradient.dtype for gradient in (*rows, *channels)] == 2 * [torch.bfloat16, weight_dtype, weight_dtype]
 
 
 def run_tests(files, selection, variant="plain", **environment):

@@ -102,8 +102,8 @@ void apply_epilogue(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwar
 }
 
 // The way back through the epilogue: makes dz, the gradient before the activation, and takes its sums while it is in
-// cache. dz goes where a result will be, that of the residual or dx, and is rounded to its type; the sums are not of
-// the rounded values, but where rounding does not change them.
+// cache. dz goes where a result will be, that of the residual or dx, and is rounded to its type. The sums are of values
+// that are not rounded; relu rounds none, and of leaky_relu's slope * dy the sums are of rounded ones.
 template <typename T>
 struct EpilogueGradient {
   using A = Acc<T>;
@@ -122,8 +122,7 @@ struct EpilogueGradient {
       std::fill_n(sum_dz_x, tile.channels, 0.0);
     }
     const auto pieces = linear_pieces(activation);
-    const bool exact = std::is_same_v<T, A> || (pieces && pieces->slope == 0);
-    if (pieces && exact && (output.data || !residual.data))
+    if (pieces && (output.data || !residual.data))
       gated(*pieces, sum_dz, sum_dz_x);
     else
       in_steps(sum_dz, sum_dz_x);

@@ -139,9 +139,7 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
 
 // kPositions: with a weight or a bias for each position.
 template <typename T, Layout kLayout, int kSize, bool kPositions>
-__global__ void __launch_bounds__(kWalkThreads, kSize == 1   ? 1
-                                                : kPositions ? 2
-                                                             : 3)
+__global__ void __launch_bounds__(kWalkThreads, kSize == 1 || kPositions ? 1 : 3)
     apply_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
                  const Coefficients<Acc<T>> coefficients, const Acc<T>* position_weight, const Acc<T>* position_bias) {
   using A = Acc<T>;

@@ -78,12 +78,12 @@ def test_launches(name):
 def test_gradients_are_written_in_the_dtype_of_the_weight(weight_dtype):
     x, dy = torch.randn(2, 4, 6, 8, dtype=torch.bfloat16)
     weights = {size: torch.ones(size, dtype=weight_dtype) for size in (6, 8)}
-    ops = torch.ops.normops
+    ops, parameters = torch.ops.normops, [True, True, True, False]  # and no residual
     with backend.entered():
         _, mean, rstd = ops._row_norm(x, 1, weights[8], None, 1e-5, True)
-        rows = ops._row_norm_backward(dy, x, 1, mean, rstd, weights[8], 1e-5, True, [True] * 3)
+        rows = ops._row_norm_backward(dy, x, 1, mean, rstd, weights[8], 1e-5, True, parameters)[:3]
         _, mean, var = ops._channel_norm(x, None, None, weights[6], None, 2, False, 1e-5)
-        channels = ops._channel_norm_backward(dy, x, mean, var, weights[6], 2, False, 1e-5, True, [True] * 3)
+        channels = ops._channel_norm_backward(dy, x, mean, var, weights[6], 2, False, 1e-5, True, parameters)[:3]
     assert [gradient.dtype for gradient in (*rows, *channels)] == 2 * [torch.bfloat16, weight_dtype, weight_dtype]
 
 

@@ -214,10 +214,11 @@ def test_dtypes(case, activation, residual, dtype, memory_format, device):
 
 
 @pytest.mark.real_device
+@pytest.mark.parametrize("shape", [(8, 64, 33, 17), (1024, 24, 2, 2)], ids=["planes", "small_planes"])
 @few_cases
-def test_threads(case, threads):
+def test_threads(case, shape, threads):
     """Their number does not change a bit."""
-    sample = fused(case, "gelu_tanh", True, (8, 64, 33, 17))
+    sample = fused(case, "gelu_tanh", True, shape)
     grad = torch.randn_like(sample.input)
     results = []
     for count in (1, 2, 3):

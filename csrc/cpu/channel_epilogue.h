@@ -34,12 +34,14 @@ struct Piece {
   }
 };
 
+// Sums are cut where pieces are, so their positions are a matter of the shape alone: how many channels a tile of wide
+// ones has depends on the threads and the cache.
 template <typename F>
 void for_pieces(const Tile& tile, const F& f) {
-  const int64_t line = std::max<int64_t>(1, tile.channels * tile.width);
   const bool contiguous = tile.layout == Layout::kContiguous;
-  const int64_t positions =
-      std::min(tile.positions, contiguous ? kPieceElements : std::max(kPieceLines, kPieceElements / line));
+  const int64_t lines =
+      tile.width > 1 ? kPieceLines : std::max(kPieceLines, kPieceElements / std::max<int64_t>(1, tile.channels));
+  const int64_t positions = std::min(tile.positions, contiguous ? kPieceElements : lines);
   const int64_t channels =
       contiguous ? std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, positions)) : tile.channels;
   for (int64_t c = 0; c < tile.channels; c += channels) {

@@ -16,7 +16,8 @@ if int(SETUPTOOLS.split(".")[0]) < 77:  # which cannot read pyproject.toml, and 
 OLDEST_TORCH, NEWEST_TESTED_TORCH = "2.11", "2.15"
 
 # What only describes the package is asked for first, and need not wait until torch is imported.
-describing = {"egg_info", "dist_info", "sdist"} & set(sys.argv) and "build_ext" not in sys.argv
+building = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"} & set(sys.argv)
+describing = {"egg_info", "dist_info", "sdist"} & set(sys.argv) and not building
 
 
 def installed_torch():

@@ -17,6 +17,7 @@ FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 KERNEL_FLAGS = ["-O3", "-fno-math-errno"]
 PLAIN_FLAGS = ["-O2"]  # the set without vectors, where there is one with them: to compare with, not for speed
 KERNEL_FLAGS_GCC = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# Compiled once for each instruction set.
 KERNELS = [f"cpu/{engine}_{way}.cpp" for engine in ("row", "channel") for way in ("forward", "backward")]
 KERNELS += ["cpu/epilogue.cpp"]
 

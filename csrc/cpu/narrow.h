@@ -14,8 +14,8 @@
 
 #define NORMOPS_INLINE __attribute__((always_inline)) inline
 
-// On x86 the set without vector instructions is there to compare with, and for processors that hardly run torch: it has
-// no special forms, as these would take half of the time of a build. Elsewhere it is the one that is used.
+// On x86 the set without vector instructions is there to compare with, and for processors that hardly run torch: it is
+// neither unrolled nor flat, which would take build time. Elsewhere it is the one that is used.
 #if defined(CPU_CAPABILITY_DEFAULT) && (defined(__x86_64__) || defined(_M_X64))
 #define NORMOPS_PLAIN 1
 #else

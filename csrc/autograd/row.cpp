@@ -238,8 +238,8 @@ at::Tensor norm_channels(const char* op, const at::Tensor& input, const Optional
                                 /*with_statistics=*/false));
   }
   if (defined(extras.residual)) extras.residual = extras.residual->movedim(1, -1);
-  return std::get<0>(row_norm(input.movedim(1, -1), /*normalized_ndim=*/1, weight, bias, eps, centered,
-                              extras, /*with_statistics=*/false))
+  return std::get<0>(row_norm(input.movedim(1, -1), /*normalized_ndim=*/1, weight, bias, eps, centered, extras,
+                              /*with_statistics=*/false))
       .movedim(-1, 1);
 }
 

@@ -74,7 +74,25 @@ def _(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offs
 
 
 @torch.library.register_fake("normops::_row_norm_backward")
-def _(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, *extras, varying=0, **more):
+def _(
+    grad_output,
+    input,
+    normalized_ndim,
+    mean,
+    rstd,
+    weight,
+    eps,
+    centered,
+    output_mask,
+    bias=None,
+    residual=None,
+    output=None,
+    activation=None,
+    negative_slope=0.01,
+    weight_offset=0.0,
+    grad_sum=None,
+    varying=0,
+):
     leading = input.dim() - normalized_ndim
 
     def parameter():
@@ -106,9 +124,13 @@ def _(
     eps,
     input_stats,
     output_mask,
-    *extras,
+    bias=None,
+    residual=None,
+    output=None,
+    activation=None,
+    negative_slope=0.01,
+    mask=None,
     varying=0,
-    **more,
 ):
     def parameter():
         shape = _parameter_shape(input, 1, [input.shape[1]], varying)

@@ -99,7 +99,13 @@ def decomposed(
         }
         moved_input, shape = input.movedim(1, -1), (input.shape[1],)
         output = decomposed(
-            name.removeprefix("channel_"), moved_input, shape, *args, residual=moved, bias=bias, **options
+            "layer_norm" if name == "channel_layer_norm" else "rms_norm",
+            moved_input,
+            shape,
+            *args,
+            residual=moved,
+            bias=bias,
+            **options,
         )
         return output.movedim(-1, 1)
     _activations.check(name, activation, negative_slope)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+_SUMS = ("add_layer_norm", "add_rms_norm")
+_ROWS = ("layer_norm", "rms_norm", *_SUMS)
 
 
 def run(name: str, function: Callable[..., Any], input: Any, *args: Any, **extras: Any) -> Any:
@@ -60,14 +61,14 @@ def _values(name: str, argument: str, tensor: Any, input: Any) -> Tensor:
 
 
 def _rows(name: str, function: Callable[..., Any], input: Any, *args: Any, **extras: Any) -> Any:
-    shape = args[name.startswith("add_")]
+    shape = args[1 if name in _SUMS else 0]
     rows = len(shape) if isinstance(shape, (tuple, list, torch.Size)) else 1
     if input._ragged_idx >= input.dim() - rows:
         raise ValueError(
             f"{name}: expected the ragged dimension of a nested tensor before those that are normalized, got dimension "
             f"{input._ragged_idx} of {input.dim()}, the last {rows} of which are (normalized_shape)"
         )
-    if name.startswith("add_"):
+    if name in _SUMS:
         args = _values(name, "residual", args[0], input), *args[1:]
     if extras.get("residual") is not None:
         extras["residual"] = _values(name, "residual", extras["residual"], input)

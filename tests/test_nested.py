@@ -123,6 +123,7 @@ def test_compile(op, device):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_errors():
     nested, _ = sequences()
     nested = nested.detach()

@@ -55,6 +55,28 @@ def test_values_are_those_of_torch(activation):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_activation
+def test_functions_are_exact_to_rounding(activation, dtype):
+    """The functions themselves: a norm that does nothing, float32 against the reference in float64.
+
+    exp is within 1 unit in the last place and followed by at most three more operations: two units of z, or of one.
+    """
+    if activation is None:
+        return
+    z = torch.cat([torch.linspace(-30, 30, 30011), torch.logspace(-6, 30, 999), -torch.logspace(-6, 30, 999)])
+    z = z.to(dtype).view(1, -1, 1).requires_grad_()
+    stats = torch.zeros(z.shape[1]), torch.ones(z.shape[1])
+    value = F.batch_norm(z, *stats, eps=0.0, **extras(activation))
+    exact = z.detach().double().requires_grad_()
+    expected = reference.ACTIVATIONS[activation](exact, SLOPE)
+    unit = torch.finfo(dtype).eps
+    assert ((value - expected).abs() <= 2 * unit * exact.abs()).all()
+    derivative, expected = (torch.autograd.grad(y.sum(), x)[0] for y, x in ((value, z), (expected, exact)))
+    near = (exact.abs() < 1e4) & (exact.abs() != 3)  # beyond, the reference itself has infinite terms; corners
+    assert ((derivative - expected).abs() <= 2 * unit * exact.abs().clamp(1, 30))[near].all()
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 3), (5, 6), (2, 64, 9), (33, 48, 1), (2, 6, 40, 31), (9, 3, 7, 7), (3, 200, 3, 5)]
 )

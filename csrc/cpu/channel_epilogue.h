@@ -95,8 +95,9 @@ void apply_epilogue(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwar
 }
 
 // The way back through the epilogue: makes dz, the gradient before the activation, and takes its sums while it is in
-// cache. dz goes where a result will be, that of the residual or dx, and is rounded to its type. The sums are of values
-// that are not rounded; relu rounds none, and of leaky_relu's slope * dy the sums are of rounded ones.
+// cache. dz goes where a result will be, that of the residual or dx, and is rounded to its type; nowhere if neither is
+// wanted. The sums are of values that are not rounded; relu rounds none, and of leaky_relu's slope * dy the sums are of
+// rounded ones.
 template <typename T>
 struct EpilogueGradient {
   using A = Acc<T>;
@@ -128,8 +129,9 @@ struct EpilogueGradient {
   // One loop for dz and the plain kernel for its sums.
   void gated(const activations::LinearPieces& pieces, double* sum_dz, double* sum_dz_x) const {
     const auto part = sums_memory(sum_dz);
+    const auto memory = dz.data ? nullptr : piece_memory<T>(tile.channels, tile.width);
     for_pieces(tile, [&](const Piece& piece) {
-      const Lines<T> to = piece.of(dz);
+      const Lines<T> to = dz.data ? piece.of(dz) : piece.in(memory.get());
       if (output.data)
         kernel().gate_by_output(piece.of(dy), piece.of(output), to, piece.lines(), piece.length(), pieces);
       else
@@ -151,7 +153,7 @@ struct EpilogueGradient {
       const Lines<A> z = piece.in(memory.get());
       if (!output.data) kernel().pre_activation(piece.tile, piece.of(x), piece.of(residual), z, piece.of(k));
       if constexpr (kWide) {
-        const Lines<T> to = piece.of(dz);
+        const Lines<T> to = dz.data ? piece.of(dz) : z;
         kernel().differentiate(activation, output.data ? piece.of(output) : read_only(z), piece.of(dy), to, lines,
                                length);
         if (sum_dz) take_sums(piece, read_only(to), piece.of(x), part.get());
@@ -160,7 +162,7 @@ struct EpilogueGradient {
         if (output.data) kernel().widen_lines(piece.of(output), z, lines, length);
         kernel().widen_lines(piece.of(dy), gradient, lines, length);
         wide().differentiate(activation, read_only(z), read_only(gradient), gradient, lines, length);
-        kernel().narrow_lines(read_only(gradient), piece.of(dz), lines, length);
+        if (dz.data) kernel().narrow_lines(read_only(gradient), piece.of(dz), lines, length);
         if (sum_dz) {
           kernel().widen_lines(piece.of(x), z, lines, length);
           take_sums(piece, read_only(gradient), read_only(z), part.get());

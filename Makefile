@@ -1,4 +1,5 @@
 # make bench    compares normops with torch on this machine and trains two networks on real data
+# make bench-models    the same inside of models of transformers, diffusers and monai; takes ten minutes
 # make test     builds and runs the test suite
 # make test-models    converts models of transformers, diffusers and monai, and compares them with themselves
 # make dev      builds for this machine's instruction set alone, which is faster, to try a change
@@ -32,10 +33,16 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
+.PHONY: bench bench-models test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
+
+bench-models: build
+ifneq ($(ENVIRONMENT),)
+	$(RUN) -m pip install --quiet --group models
+endif
+	$(RUN) -m bench models $(BENCH_ARGS)
 
 # One process for each core, whose threads do not spin while they wait: there are more of them than cores.
 test: build

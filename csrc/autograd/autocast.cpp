@@ -4,6 +4,8 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "../ops.h"
@@ -11,9 +13,28 @@
 namespace normops {
 namespace {
 
-template <auto* op, typename Signature = std::remove_pointer_t<decltype(op)>>
-using InFloat32 = typename at::autocast::WrapFunction<at::autocast::CastPolicy::fp32, c10::DeviceType::CUDA, Signature,
-                                                      Signature, op>::type;
+// What torch does of the same name, whose header takes as long to read as all of this folder to compile.
+template <typename T>
+const T& cast(const T& argument) {
+  return argument;
+}
+
+at::Tensor cast(const at::Tensor& tensor) {
+  const bool eligible = tensor.is_cuda() && tensor.is_floating_point() && tensor.scalar_type() != at::kDouble;
+  return eligible ? tensor.to(at::kFloat) : tensor;
+}
+
+OptionalTensor cast(const OptionalTensor& tensor) { return defined(tensor) ? cast(*tensor) : tensor; }
+
+template <auto* op>
+struct InFloat32;
+template <typename... Args, at::Tensor (*op)(Args...)>
+struct InFloat32<op> {
+  static at::Tensor call(Args... args) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
+    return op(cast(args)...);
+  }
+};
 
 // The overloads without extras are left to those with them.
 at::Tensor cast_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,

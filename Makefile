@@ -127,6 +127,7 @@ nightly: build package dist
 	$(MAKE) cuda CUDA_ARCHITECTURES="8.0 8.6 9.0 10.0 12.0"
 	for set in default avx2; do ATEN_CPU_CAPABILITY=$$set $(RUN) -m pytest -n auto -k "not emulated" --ignore=tests/emulator || exit; done
 	for threads in 1 3; do OMP_NUM_THREADS=$$threads $(RUN) -m pytest -p randomly -k "not emulated" --ignore=tests/emulator || exit; done
+	$(RUN) -m pytest -m nightly
 	$(MAKE) test-models
 
 clean:

@@ -341,6 +341,7 @@ def test_fake_tensors_lie_as_real_ones(case, layout, residual, device):
         )
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
 @each_residual

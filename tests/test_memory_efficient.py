@@ -283,6 +283,7 @@ def test_checkpoint_and_autocast(device):
 # compile
 
 
+@pytest.mark.real_device
 @few_cases
 def test_compile(case, device):
     """Compilers decide themselves what is saved; gradients are the same."""

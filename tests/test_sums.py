@@ -144,6 +144,7 @@ def test_opcheck_of_sums(case, device):
     torch.library.opcheck(getattr(OPS, f"add_{case.op}").default, (sample.input, residual), kwargs)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
 @each_row_case
 def test_compile_of_sums(case, mode, device):

@@ -164,12 +164,12 @@ def compose(name: str, input: Tensor, **arguments: Any) -> Any:
     """The function in torch's operators, in the arithmetic of its input."""
     order = {
         "batch_norm": ("running_mean", "running_var", "weight", "bias", "training"),
-        "instance_norm": ("running_mean", "running_var", "weight", "bias"),
+        "instance_norm": ("running_mean", "running_var", "weight", "bias", "use_input_stats"),
         "group_norm": ("num_groups", "weight", "bias", "eps"),
     }.get(name, ("residual",) * name.startswith("add_") + ("normalized_shape", "weight", "bias", "eps"))
     if name.endswith("rms_norm"):
         order = tuple(key for key in order if key != "bias")
-    defaults = {"training": False, "eps": 1e-5}
+    defaults = {"training": False, "use_input_stats": True, "eps": 1e-5}
     positional = [arguments.pop(key, defaults.get(key)) for key in order]
     return compilation.decomposed(name, input, *positional, **arguments)
 

@@ -28,7 +28,8 @@ struct Extras {
   Activation activation{};
   OptionalTensor residual{};
   double weight_offset = 0;
-  OptionalTensor mask{};  // bool, (N, *positions): what is valid
+  bool memory_efficient = false;  // the backward starts from the output (autograd/restore.h)
+  OptionalTensor mask{};          // bool, (N, *positions): what is valid
   // A bit for each dimension of the input along which weight and bias differ. With none, they have their plain shape.
   // Otherwise: (N, C) in channel layers; in row layers the input's shape, but 1 in leading dimensions without a bit.
   int64_t varying = 0;

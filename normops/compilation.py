@@ -18,7 +18,8 @@ class set_compile_mode:
     - ``"auto"``, the default: for each layer what was faster in training steps and in inference of compiled models.
       :func:`batch_norm` is left to the compiler, as its second half goes into whatever follows it, and without
       statistics to take it is nothing else; so is :func:`instance_norm` where gradients are recorded. The others are
-      kernels: between matrix products, or with an activation behind them, fusing gained no more than the kernel did.
+      kernels: between matrix products, or with an activation behind them, fusing gained no more than the kernel did;
+      and so is everything with ``memory_efficient=True``.
       An exported program has kernels only.
     - ``"kernel"``: one operator per layer, computed by the kernels as without a compiler.
     - ``"decompose"``: the operations of torch's own function, in the type of the arithmetic (float32, or float64 for
@@ -56,14 +57,15 @@ def _set(mode: str) -> None:
     current = mode
 
 
-def decomposes(name: str, masked: bool = False) -> bool:
-    """Whether the function of this name, which a compiler is looking at, is torch's own to it. With a mask there is
-    none of torch's, and what stands for it is slower than the kernel."""
-    if masked:
-        return current == "decompose"
+def decomposes(name: str, no_counterpart: bool = False) -> bool:
+    """Whether the function of this name, which a compiler is looking at, is torch's own to it.
+
+    Torch's knows no mask, and what stands for one is slower than the kernel; nor ``memory_efficient``, which the
+    backend "normops" keeps: a call with one of these has ``no_counterpart``."""
     # What torch.compiler.is_exporting() returns; to the Dynamo of torch 2.11 that is always true.
     if current == "auto" and not torch.compiler._is_exporting_flag:
-        return name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
+        left = name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
+        return left and not no_counterpart
     return current == "decompose"
 
 
@@ -82,6 +84,7 @@ def decomposed(
     negative_slope: float = _activations.DEFAULT_SLOPE,
     residual: torch.Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
     mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> Any:
@@ -108,7 +111,7 @@ def decomposed(
             **options,
         )
         return output.movedim(-1, 1)
-    _activations.check(name, activation, negative_slope)
+    _activations.check(name, activation, negative_slope, memory_efficient, residual)
     arithmetic = torch.promote_types(input.dtype, torch.float32)
     converted = [_as(arithmetic, arg) for arg in args]
     if weight_offset and len(converted) > 1 and converted[1] is not None:  # the weight

@@ -14,7 +14,11 @@ Behind torch's arguments, by keyword alone, they take what often follows a norm,
 ``activation`` is ``None``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (with ``negative_slope``), ``"elu"``, ``"silu"``,
 ``"gelu"``, ``"gelu_tanh"``, ``"hardswish"`` or ``"mish"``; ``residual`` a tensor of the input's shape, dtype and
 device, in any strides. What the backward needs of the activation it makes anew from the input, or takes from the
-output if there is a residual (``relu``, ``leaky_relu``); the other activations keep the residual.
+output if there is a residual (``relu``, ``leaky_relu``); the other activations keep the residual. The row layers also
+take ``weight_offset``, a number that is added to the weight wherever it is used: 1 for a weight stored as its distance
+from one. With ``memory_efficient=True`` the backward starts from the output, which the next layer keeps anyway, and
+the input is not kept: see :ref:`below <memory-efficient>`. :func:`add_layer_norm` and :func:`add_rms_norm` add first,
+and return the sum beside its norm.
 
 The channel layers take ``mask``, a tensor of bools of shape :math:`(N, *)`, the input's without the channels, or one
 that is broadcast to it, such as :math:`(N, 1, W)`: True where the input is valid, as :func:`length_mask` makes it for
@@ -24,10 +28,6 @@ masked is not read as numbers: it may be NaN. All of it is as if each sample had
 with one valid value is an error in training (on CUDA, where finding out would mean waiting for the device, and in
 compiled code it is not noticed), and one without any is as if it were not there.
 
-The row layers also take ``weight_offset``, a number that is added to the weight wherever it is used: 1 for a weight
-stored as its distance from one. :func:`add_layer_norm` and :func:`add_rms_norm` add first, and return the sum beside
-its norm.
-
 ``weight`` and ``bias`` may be a sample's own, as in AdaIN, AdaLN or FiLM, where another network makes them: of shape
 :math:`(N, C)` in the channel layers; in the row layers of any shape that ends in ``normalized_shape`` and is
 broadcast to the input's, :math:`(N, 1, D)` above all. One of the two may have its plain shape. Neither they nor their
@@ -35,6 +35,19 @@ gradients, which have their shapes, are ever made as large as the input.
 
 Nested tensors (``torch.jagged``) are normalized without padding: rows by the row layers, and by :func:`batch_norm` and
 :func:`instance_norm` what is :math:`(N, C, *)` with the ragged dimension behind the channels.
+
+.. _memory-efficient:
+
+``memory_efficient=True`` takes no activation, ``"leaky_relu"`` or ``"elu"``, which can be inverted, and no residual.
+The result is the same to the bit. In the backward the activation, weight and bias are undone, which gives the
+normalized input to the rounding of the output: in float32 and float64 gradients are as exact as otherwise to within a
+factor of two, in 16-bit types those of the parameters as if the input had been rounded once more. Where too little of
+the input is left in the output, it is kept channel by channel (in the row layers: position by position): where the
+weight is next to zero or less than a quarter of the bias, and with ``"elu"`` where an output is nearer to -1 than
+1/256; with ``"elu"`` in 16-bit types it is kept as a whole. The output must not be changed in place, which raises an
+error in the backward. ``torch.compile``, which decides itself what is saved and what is computed anew, takes no notice
+of it (but with ``backend="normops"``), nor do ``torch.func`` and forward-mode AD. With a mask, or weights of
+samples, the input is kept.
 
 ``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
 be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in
@@ -49,6 +62,8 @@ that is not known, a ``negative_slope`` without ``"leaky_relu"``, and a ``residu
 ``ValueError``, and a ``residual`` of another dtype is a ``TypeError``: it is neither broadcast nor promoted. A ``mask``
 of another dtype than bool, or of a wrong shape or device, is a ``ValueError``, and so is a weight or bias with more
 dimensions than torch's that does not fit the input.
+``memory_efficient`` with an activation that has no inverse, with a ``negative_slope`` that is not positive or with a
+residual is a ``ValueError``.
 """
 
 import functools
@@ -96,7 +111,7 @@ def _call(op: Any, *args: Any, **extras: Any) -> Any:
     if torch.compiler.is_compiling():
         if args[0].is_nested:
             return nested.run(op._opname, functools.partial(_call, op), *args, **extras)
-        if compilation.decomposes(op._opname, "mask" in extras):
+        if compilation.decomposes(op._opname, "memory_efficient" in extras or "mask" in extras):
             return compilation.decomposed(op._opname, *args, **extras)
     try:
         return (_FUSED.get(op, op) if extras else op)(*args, **extras)
@@ -114,6 +129,7 @@ def _extras(
     negative_slope: float,
     residual: Tensor | None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> dict[str, Any]:
@@ -127,6 +143,8 @@ def _extras(
         extras["residual"] = residual
     if weight_offset != 0.0:
         extras["weight_offset"] = weight_offset
+    if memory_efficient:
+        extras["memory_efficient"] = memory_efficient
     if mask is not None:
         extras["mask"] = mask
     if bias is not None:
@@ -198,6 +216,7 @@ def batch_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
     r"""Batch normalization: one statistic per channel, over the batch and all positions.
@@ -213,7 +232,7 @@ def batch_norm(
         training: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance; positive when ``training``.
-        activation, negative_slope, residual, mask: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient, mask: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: one (valid) value per channel with ``training=True``; a ``mask`` that does not fit; only one of the
@@ -231,7 +250,7 @@ def batch_norm(
         training,
         momentum,
         eps,
-        **_extras(activation, negative_slope, residual, mask=mask),
+        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask),
     )
 
 
@@ -248,6 +267,7 @@ def instance_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
     r"""Instance normalization: one statistic per sample and channel, over all positions.
@@ -264,7 +284,7 @@ def instance_norm(
         use_input_stats: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance.
-        activation, negative_slope, residual, mask: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient, mask: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: one (valid) position per channel with ``use_input_stats=True``; a ``mask`` that does not fit; only
@@ -283,7 +303,7 @@ def instance_norm(
         use_input_stats,
         momentum,
         eps,
-        **_extras(activation, negative_slope, residual, mask=mask),
+        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask),
     )
 
 
@@ -297,6 +317,7 @@ def group_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
     r"""Group normalization: one statistic per sample and group of channels, over all positions.
@@ -309,16 +330,15 @@ def group_norm(
             the whole sample.
         weight, bias: shape :math:`(C)`, or :math:`(N, C)` for a sample each, or ``None``.
         eps: added to the variance.
-        activation, negative_slope, residual, mask: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient, mask: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: a single sample with one value per group, or one valid value; a ``mask`` that does not fit.
         RuntimeError: ``num_groups`` does not divide the channels; a parameter of the wrong shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    return _call(
-        _group_norm, input, num_groups, weight, bias, eps, **_extras(activation, negative_slope, residual, mask=mask)
-    )
+    extras = _extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask)
+    return _call(_group_norm, input, num_groups, weight, bias, eps, **extras)
 
 
 def layer_norm(
@@ -332,6 +352,7 @@ def layer_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Layer normalization: one statistic per row, the last ``len(normalized_shape)`` dimensions.
 
@@ -342,7 +363,8 @@ def layer_norm(
         normalized_shape: the trailing dimensions of ``input``.
         weight, bias: shape ``normalized_shape``, or one that is broadcast (above), or ``None``.
         eps: added to the variance.
-        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
+            :mod:`normops.functional`.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; a parameter has another shape
@@ -358,7 +380,7 @@ def layer_norm(
         weight,
         bias,
         eps,
-        **_extras(activation, negative_slope, residual, weight_offset),
+        **_extras(activation, negative_slope, residual, weight_offset, memory_efficient),
     )
 
 
@@ -372,6 +394,7 @@ def rms_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
     r"""Root mean square layer normalization: :math:`x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}} \cdot \mathrm{weight}`
@@ -385,7 +408,8 @@ def rms_norm(
         normalized_shape: the trailing dimensions of ``input``.
         weight, bias: shape ``normalized_shape``, or one that is broadcast (above), or ``None``.
         eps: added to the mean square; ``None`` is the machine epsilon of float32 (of float64 for float64), as in torch.
-        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
+            :mod:`normops.functional`.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; a parameter has another shape
@@ -394,14 +418,8 @@ def rms_norm(
     """
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("rms_norm", normalized_shape)
-    return _call(
-        _rms_norm,
-        input,
-        normalized_shape,
-        weight,
-        eps,
-        **_extras(activation, negative_slope, residual, weight_offset, bias=bias),
-    )
+    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient, bias=bias)
+    return _call(_rms_norm, input, normalized_shape, weight, eps, **extras)
 
 
 def channel_layer_norm(

@@ -317,7 +317,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   const Operand<const T> gradient = epilogue ? Operand<const T>{epilogue.dz.data, epilogue.dz.strides} : dy;
 
   const auto reduce = [&](const Region& r) {
-    if (!sums_needed && !epilogue) return;
+    if (!sums_needed && !epilogue.dz.data) return;
     for_tiles(g, r, Order::kForwards, [&](int64_t k, const Tile& tile) {
       if (k + 1 < r.last_segment) {
         dy.prefetch(g, k + 1, r.first_channel);
@@ -610,15 +610,16 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                double negative_slope, const OptionalTensor& mask, int64_t varying) {
   const Activation kind = as_activation(activation, negative_slope);
   at::Tensor x = input, dy = grad_output, dx, dresidual, added, y, unwanted;
+  const at::Tensor flags = as_flags(mask, input);
   if (output_mask[0]) dx = new_like(input);
   if (output_mask[3]) dresidual = new_like(input);
   if (kind) {
     added = residual.value_or(at::Tensor());
     y = output.value_or(at::Tensor());
-    if (!output_mask[0] && !output_mask[3]) unwanted = new_like(input);
+    // Sums over elements that do not lie side by side are taken of what was stored.
+    if (flags.defined() && !output_mask[0] && !output_mask[3]) unwanted = new_like(input);
   }
   Operands operands{&x, &dy, &dx, &added, &y, &dresidual, &unwanted};
-  const at::Tensor flags = as_flags(mask, input);
   const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!flags.defined(), varying).geometry;
   const auto valid = mask_of(g, flags);
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));

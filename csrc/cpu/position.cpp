@@ -297,9 +297,12 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
             before_activation<T>(part, positions, parameters, x_lines(c), epilogue.residual.lines(part, c), z, c,
                                  lines);
           }
-          wide.differentiate(epilogue.activation, z, lines, part.width);
-          kernel.multiply_lines(dy.lines(part, c), z, lines, part.width);
-          kernel.narrow_lines(read_only(z), epilogue.dz.lines(part, c), lines, part.width);
+          const Lines<const A> dy_lines = wide_lines(dy.lines(part, c), piece.get(), lines, part.width);
+          wide.differentiate(epilogue.activation, read_only(z), dy_lines, z, lines, part.width);
+          if constexpr (kWide)
+            kernel.widen_lines(read_only(z), epilogue.dz.lines(part, c), lines, part.width);
+          else
+            kernel.narrow_lines(read_only(z), epilogue.dz.lines(part, c), lines, part.width);
         }
         Lines<const A> dz = wide_lines(gradient.lines(part, c), piece_dy.get(), lines, part.width);
         if (sums) {

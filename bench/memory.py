@@ -17,6 +17,7 @@ from bench.machine import environment, results_folder
 from bench.models.step import Step, peak_memory
 from bench.models.zoo import Model, dynunet
 from bench.tables import environment_table, make_table, write_markdown
+from normops import backend
 
 MIB = 2**20
 
@@ -41,6 +42,7 @@ COLUMNS = ["torch", "converted", "fused", "memory_efficient"]
 
 def forms(model: Model) -> dict[str, nn.Module]:
     """The same model four times."""
+    backend.register()
     plain = model.make()
     converted = normops.convert(copy.deepcopy(plain))
     efficient = normops.convert(copy.deepcopy(plain), memory_efficient=True)

@@ -34,9 +34,9 @@ TORCH_LIBRARY(normops, m) {
                   "Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
                   NORMOPS_EXTRAS NORMOPS_MEMORY NORMOPS_MASK);
   public_operator("channel_layer_norm", "Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
-                  NORMOPS_EXTRAS NORMOPS_OFFSET);
+                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY);
   public_operator("channel_rms_norm", "Tensor input, Tensor? weight=None, float? eps=None",
-                  NORMOPS_EXTRAS NORMOPS_OFFSET ", Tensor? bias=None");
+                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY ", Tensor? bias=None");
   m.def(
       "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " Tensor? bias=None, float eps=1e-05, *, float weight_offset=0.0) -> (Tensor output, Tensor sum)");
@@ -130,9 +130,9 @@ at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, con
 
 at::Tensor fused_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                     double eps, OptionalName activation, double negative_slope,
-                                    const OptionalTensor& residual, double weight_offset) {
+                                    const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
   static const auto op = find<decltype(fused_channel_layer_norm)>("normops::channel_layer_norm", "fused");
-  return op.call(input, weight, bias, eps, activation, negative_slope, residual, weight_offset);
+  return op.call(input, weight, bias, eps, activation, negative_slope, residual, weight_offset, memory_efficient);
 }
 
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,

@@ -128,32 +128,4 @@ Tensors4 composed_add_row_norm(const at::Tensor& input, const at::Tensor& residu
   return {output, sum, mean, rstd};
 }
 
-template <auto channel_norm>
-Tensors3 composed_channel_norm(const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
-                               const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups,
-                               bool over_batch, double eps, const OptionalTensor& residual, OptionalName activation,
-                               double negative_slope) {
-  const Extras extras{as_activation(activation, negative_slope), residual};
-  if (!extras.epilogue()) return channel_norm(input, mean, var, weight, bias, num_groups, over_batch, eps);
-  auto [y, used_mean, used_var] =
-      channel_norm(composed::wide(input), mean, var, weight, bias, num_groups, over_batch, eps);
-  return {composed::finish(y, input, extras), used_mean, used_var};
-}
-
-template <auto channel_norm, auto channel_norm_backward>
-Tensors4 composed_channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
-                                        const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups,
-                                        bool over_batch, double eps, bool input_stats, Mask4 mask,
-                                        const OptionalTensor& bias, const OptionalTensor& residual,
-                                        const OptionalTensor& output, OptionalName activation, double negative_slope) {
-  const BackwardExtras extras{as_activation(activation, negative_slope), bias, residual, output};
-  const at::Tensor dz = composed::before(grad_output, extras, [&] {
-    return std::get<0>(channel_norm(composed::wide(input), mean, var, weight, bias, num_groups, over_batch, eps));
-  });
-  const at::Tensor x = extras.activation ? composed::wide(input) : input;
-  return composed::after(channel_norm_backward(dz, x, mean, var, weight, num_groups, over_batch, eps, input_stats,
-                                               {mask[0], mask[1], mask[2]}),
-                         dz, input, input.suggest_memory_format(), mask, extras);
-}
-
 }  // namespace normops

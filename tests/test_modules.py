@@ -12,8 +12,8 @@ from cases import LAZY_MODULES, MODULES, each_lazy_module, each_module
 import normops
 
 NAMES = sorted({case.name for case in MODULES + LAZY_MODULES})
-# Not of torch.nn: tested in test_layer_norm_2d.py and test_fusion.py.
-OWN = ["AddLayerNorm", "AddRMSNorm", "LayerNorm2d"]
+# Not of torch.nn: tested in files of their own.
+OWN = [name for name in normops.modules.__all__ if not hasattr(torch.nn, name)]
 # DistributedDataParallel refuses torch's class on the CPU, so ours is derived from its base.
 BASES = {"SyncBatchNorm": torch.nn.modules.batchnorm._BatchNorm}
 
@@ -37,14 +37,15 @@ def test_class(name):
     assert issubclass(ours, BASES.get(name, theirs))
     # SyncBatchNorm has **kwargs for an argument that only newer torch has.
     shared = [p for p in inspect.signature(ours).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [p for p in shared if p.name in ("activation", "negative_slope")]
-    assert len(options) == (0 if name == "SyncBatchNorm" else 2) and all(p.kind is p.KEYWORD_ONLY for p in options)
+    options = [p for p in shared if p.name in ("activation", "negative_slope", "memory_efficient")]
+    assert len(options) == (0 if name == "SyncBatchNorm" else 3) and all(p.kind is p.KEYWORD_ONLY for p in options)
     shared = [p for p in shared if p not in options]
     parameters = {p.name: (p.kind, p.default) for p in inspect.signature(theirs).parameters.values()}
     assert all(parameters.pop(p.name) == (p.kind, p.default) for p in shared)
     assert not parameters or name == "SyncBatchNorm"
     forward = list(inspect.signature(ours.forward).parameters)
-    assert forward == [*inspect.signature(theirs.forward).parameters, "residual"]
+    extras = ["residual", "mask"] if not name.endswith(("LayerNorm", "RMSNorm")) else ["residual"]
+    assert forward == [*inspect.signature(theirs.forward).parameters, *extras]
     assert ours.__doc__ and ours.__doc__ != theirs.__doc__
 
 

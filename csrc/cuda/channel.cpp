@@ -7,7 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "../extras.h"
+#include "../composed.h"
 #include "glue.h"
 
 namespace normops::cuda {
@@ -228,7 +228,7 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
   const Array weights(weight, input, g.channels, 1, "weight"), biases(bias, input, g.channels, 0, "bias");
-  const auto options = at::TensorOptions().device(input.device()).dtype(gradient_type(weight, input));
+  const auto options = at::TensorOptions().device(input.device()).dtype(composed::gradient_type(weight, input));
   const bool empty = g.elements() == 0;
   const auto parameter = [&](bool wanted) {
     return !wanted ? at::Tensor() : empty ? at::zeros({g.channels}, options) : at::empty({g.channels}, options);
@@ -431,11 +431,11 @@ void move_running_stats(const at::Tensor& running_mean, const at::Tensor& runnin
 void add_channel_kernels(torch::Library& library) {
   library.impl("_update_running_stats", move_running_stats);
   library.impl("_channel_norm_tracked", channel_norm_tracked);
-  library.impl("_channel_norm", channel_norm);
-  library.impl("_channel_norm_backward", channel_norm_backward);
-  library.impl("_channel_moments", moments);
-  library.impl("_channel_grad_sums", grad_sums);
-  library.impl("_channel_grad_apply", grad_apply);
+  library.impl("_channel_norm", composed_channel_norm<channel_norm>);
+  library.impl("_channel_norm_backward", composed_channel_norm_backward<channel_norm_backward>);
+  library.impl("_channel_moments", composed_moments<moments>);
+  library.impl("_channel_grad_sums", composed_grad_sums<grad_sums>);
+  library.impl("_channel_grad_apply", composed_grad_apply<grad_apply>);
 }
 
 }  // namespace normops::cuda

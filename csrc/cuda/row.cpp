@@ -140,12 +140,14 @@ Tensors3 plain_row_norm(const at::Tensor& input, int64_t normalized_ndim, const 
 
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered, const OptionalTensor& residual,
-                  OptionalName activation, double negative_slope, double weight_offset) {
-  const Extras extras{as_activation(activation, negative_slope), residual, weight_offset};
-  const ForwardResults r = forward(input, normalized_ndim, weight, bias, eps, centered, extras, at::Tensor());
-  if (r.done) return {centered ? r.output : in_format_of(input, r.output), r.mean, r.rstd};
+                  OptionalName activation, double negative_slope, double weight_offset, int64_t varying) {
+  if (normalized_ndim != 0 && !varying) {
+    const Extras extras{as_activation(activation, negative_slope), residual, weight_offset};
+    const ForwardResults r = forward(input, normalized_ndim, weight, bias, eps, centered, extras, at::Tensor());
+    if (r.done) return {centered ? r.output : in_format_of(input, r.output), r.mean, r.rstd};
+  }
   return composed_row_norm<plain_row_norm>(input, normalized_ndim, weight, bias, eps, centered, residual, activation,
-                                           negative_slope, weight_offset);
+                                           negative_slope, weight_offset, varying);
 }
 
 Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64_t normalized_ndim,
@@ -177,7 +179,7 @@ std::optional<Tensors4> backward(const at::Tensor& grad_output, const at::Tensor
   const at::Tensor means = as_parameter(mean, input, rows, at::kDouble, "mean");
   const at::Tensor rstds = as_parameter(rstd, input, rows, at::kDouble, "rstd");
   const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
-  const auto options = input.options().dtype(gradient_type(weight, input));
+  const auto options = input.options().dtype(composed::gradient_type(weight, input));
   const bool empty = rows == 0 || length == 0;
   const auto parameter = [&](bool wanted) {
     return !wanted ? at::Tensor() : empty ? at::zeros(shape, options) : at::empty(shape, options);
@@ -237,14 +239,16 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
                            bool centered, Mask4 mask, const OptionalTensor& bias, const OptionalTensor& residual,
                            const OptionalTensor& output, OptionalName activation, double negative_slope,
-                           double weight_offset, const OptionalTensor& grad_sum) {
-  const BackwardExtras extras{
-      as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum};
-  const auto grads = backward(grad_output, input, normalized_ndim, mean, rstd, weight, centered, mask, extras);
-  return grads ? *grads
-               : composed_row_norm_backward<plain_row_norm, plain_row_norm_backward>(
-                     grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, mask, bias, residual,
-                     output, activation, negative_slope, weight_offset, grad_sum);
+                           double weight_offset, const OptionalTensor& grad_sum, int64_t varying) {
+  if (normalized_ndim != 0 && !varying) {
+    const BackwardExtras extras{
+        as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum};
+    const auto grads = backward(grad_output, input, normalized_ndim, mean, rstd, weight, centered, mask, extras);
+    if (grads) return *grads;
+  }
+  return composed_row_norm_backward<plain_row_norm, plain_row_norm_backward>(
+      grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, mask, bias, residual, output, activation,
+      negative_slope, weight_offset, grad_sum, varying);
 }
 
 }  // namespace

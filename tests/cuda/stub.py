@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+from emulator.backend import SHARED  # noqa: E402
 from emulator.build import CXX, _torch_flags  # noqa: E402
 
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-DNDEBUG", "-DAT_PER_OPERATOR_HEADERS", "-Wl,--no-undefined"]
@@ -41,7 +42,7 @@ def library():
     """Compiled if anything it is made of is newer."""
     cuda = ROOT / "csrc/cuda"
     glue = sorted(path for path in cuda.glob("*.cpp") if path.name != "register.cpp")
-    sources = [*glue, ROOT / "csrc/checks.cpp", ROOT / "csrc/tensors.cpp", ROOT / "tests/emulator/backend.cpp"]
+    sources = [*glue, *SHARED, ROOT / "tests/emulator/backend.cpp"]
     sources.append(Path(__file__).with_name("runtime.cpp"))
     target = ROOT / "build/stub.so"
     made_of = [*objects(), *sources, *cuda.glob("*.h"), *(ROOT / "csrc").glob("*.h")]

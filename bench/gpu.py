@@ -8,6 +8,7 @@ Results are written after every case, so that a run that is cut short leaves wha
 import argparse
 import copy
 import json
+import shutil
 import statistics
 import subprocess
 import time
@@ -219,6 +220,13 @@ def run_hottest():
     return 0
 
 
+def driver():
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if not shutil.which(command[0]):
+        return "unknown"
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("bench/results/latest-gpu"))
@@ -237,13 +245,10 @@ def main():
     torch.manual_seed(0)
     stopwatch = Stopwatch()
     bandwidth = copy_bandwidth(stopwatch)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
     environment = {
         **description(),
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip() or "unknown",
+        "driver": driver(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "copy": f"{bandwidth / 1e9:.0f} GB/s, reading and writing",
         "torch's RMSNorm": rms_backend(),

@@ -110,7 +110,7 @@ def made(tmp_path, *arguments):
 def test_recorded_runs(tmp_path):
     html, markdown, reader = made(tmp_path)
     for run in read_runs([RESULTS]):
-        assert run.name in html and run.name in markdown
+        assert run.label in html and run.label in markdown
     assert reader.tables > 5
 
 

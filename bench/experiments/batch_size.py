@@ -107,11 +107,10 @@ def run(scale: Scale, tick) -> dict:
                 "diverged": any(curve.diverged for curve in curves),
             }
         found[layer] = rows
-    joined = {}
-    for seed in scale.seeds:
-        joined |= train_on_ranks([(size, seed) for size in SIZES], images)
-        for _ in SIZES:
-            tick()
+    tasks = [(size, seed) for size in SIZES for seed in scale.seeds]
+    joined = train_on_ranks(tasks, images)
+    for _ in tasks:
+        tick()
     found[SYNC] = {
         size: {"accuracy": [joined[size, seed] for seed in scale.seeds], "diverged": False} for size in SIZES
     }

@@ -13,6 +13,10 @@ from rich.table import Table as RichTable
 from bench.tables import cells
 
 
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 @dataclass(frozen=True)
 class Cell:
     text: str
@@ -39,6 +43,13 @@ class Table:
         self.rows = [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
         columns = [[row[index] for row in self.rows] for index in range(len(self.headers))]
         self.numeric = [all(cell.value is not None or not cell.text for cell in column) for column in columns]
+
+    def markdown(self) -> str:
+        kinds = ["---:" if numeric else "---" for numeric in self.numeric]
+        rows = [[_escaped(text) for text in self.headers], kinds]
+        rows += [[_escaped(cell.text) for cell in row] for row in self.rows]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return f"{table}\n\n{self.caption}" if self.caption else table
 
 
 def of_rich(table: RichTable) -> Table:
@@ -86,6 +97,10 @@ class Chart:
         data = base64.b64encode(self.path.read_bytes()).decode()
         return Markup(f'<img src="data:image/png;base64,{data}" alt="{Markup.escape(self.alt)}">')
 
+    def markdown(self) -> str:
+        image = f"![{self.alt}]({self.file()[0]})"
+        return f"{image}\n\n{self.caption}" if self.caption else image
+
     def file(self) -> tuple[str, bytes]:
         """For Markdown: its name and content."""
         if self.figure is not None:
@@ -100,6 +115,9 @@ class Lines:
     lines: list[str]
 
     kind = "lines"
+
+    def markdown(self) -> str:
+        return "\n".join(f"- {line}" for line in self.lines)
 
 
 @dataclass

@@ -24,7 +24,7 @@ def means(rows: list[tuple[str, dict[str, float | None]]], title: str, names: It
     """Bars from 1: a row for each label, and in it a bar for each name."""
     names = list(names)
     height = 0.8 / max(1, len(names))
-    figure = Figure(figsize=(8.2, 1.3 + (0.16 + 0.2 * len(names)) * len(rows)), layout="constrained")
+    figure = Figure(figsize=(6.6, 1.3 + (0.16 + 0.2 * len(names)) * len(rows)), layout="constrained")
     axes = figure.subplots()
     bare(axes, "x")
     axes.set_title(title, fontsize=10)
@@ -55,7 +55,12 @@ def means(rows: list[tuple[str, dict[str, float | None]]], title: str, names: It
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(
-        unique.values(), unique, loc="outside lower center", ncols=min(3, len(unique)), frameon=False, fontsize=8
+        unique.values(),
+        unique,
+        loc="outside lower center",
+        ncols=min(2, max(1, len(unique))),
+        frameon=False,
+        fontsize=8,
     )
     return figure
 
@@ -64,7 +69,7 @@ def cases(run: Run, title: str) -> Figure:
     """Every case as a mark, in a row for each layer, forward above backward."""
     layers = list(dict.fromkeys(one.layer for one in run.passes))
     regimes = run.regimes()
-    figure = Figure(figsize=(8.2, 1.4 + 0.55 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(6.6, 1.4 + 0.55 * len(layers)), layout="constrained")
     axes = figure.subplots(1, len(regimes), sharey=True, sharex=True, squeeze=False)[0]
     for panel, regime in zip(axes, regimes, strict=True):
         bare(panel, "x")
@@ -85,7 +90,7 @@ def cases(run: Run, title: str) -> Figure:
 
 def sizes(run: Run, regime: tuple[str, str]) -> Figure:
     """Speedup and distance to the floor against the size of the tensor."""
-    figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     here = [one for one in run.passes if one.regime == regime]
     layers = list(dict.fromkeys(one.layer for one in here))
@@ -116,12 +121,12 @@ def sizes(run: Run, regime: tuple[str, str]) -> Figure:
         _times(panel, "y")
         panel.set_xlabel("MiB of the input; hollow: backward", fontsize=8)
     handles = left.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=min(6, max(1, len(layers))), frameon=False, fontsize=8)
+    figure.legend(*handles, loc="outside lower center", ncols=min(3, max(1, len(layers))), frameon=False, fontsize=8)
     return figure
 
 
 def losses(training: dict) -> Figure:
-    figure = Figure(figsize=(8.2, 2.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 2.6), layout="constrained")
     axes = figure.subplots()
     bare(axes, "y")
     steps = range(1, len(training["torch"]["losses"]) + 1)

@@ -53,15 +53,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _environment(autoescape: bool) -> Environment:
-    environment = Environment(
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=not autoescape,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-    return environment
 
 
 def render(runs: list[Run], compared: tuple[Run, Run] | None = None) -> tuple[str, str, list[Section]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Run:
     failed: dict[str, str] = field(default_factory=dict)
     experiments: dict[str, Mapping] = field(default_factory=dict)
     raw: Mapping = field(default_factory=dict)  # of results.json
+    label: str = ""  # the name without what all have in common
 
     @property
     def machine(self) -> str:
@@ -158,4 +160,8 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
             runs.append(run)
         elif folder.is_dir():
             runs += [run for inner in sorted(folder.iterdir()) if inner.is_dir() and (run := read_run(inner))]
-    return sorted(runs, key=lambda run: (run.environment.get("date", ""), run.name))
+    runs.sort(key=lambda run: (run.environment.get("date", ""), run.name))
+    short = [re.sub(r"^\d{4}-\d\d-\d\d-", "", run.name) for run in runs]
+    for run, label in zip(runs, short, strict=True):
+        run.label = label if short.count(label) == 1 else run.name
+    return runs

@@ -35,7 +35,7 @@ def overview(runs: list[Run]) -> Section:
             slower = sum(one.speedup < 1 for one in here)
             rows.append(
                 [
-                    run.name,
+                    run.label,
                     _named(regime),
                     run.against,
                     number(values["forward"]),
@@ -62,24 +62,25 @@ def side_by_side(runs: list[Run]) -> Section:
         section.text = "Fewer than two runs have timings of layers."
         return section
     found = {
-        run.name: charts.by_layer([one for one in run.passes if one.regime == run.headline], lambda one: one.speedup)
+        run.label: charts.by_layer([one for one in run.passes if one.regime == run.headline], lambda one: one.speedup)
         for run in timed
     }
     layers = list(dict.fromkeys(layer for values in found.values() for layer in values))
     rows = [
         [
             layer,
-            *(number(found[run.name].get(layer, {}).get(name)) for run in timed for name in ("forward", "backward")),
+            *(number(found[run.label].get(layer, {}).get(name)) for run in timed for name in ("forward", "backward")),
         ]
         for layer in layers
     ]
-    headers = ["layer", *(f"{run.name} {name}" for run in timed for name in ("forward", "backward"))]
-    section.text = "Each run in one regime, so compare within a column: " + "; ".join(
-        f"{run.name}: {run.machine}, {_named(run.headline)}, against {run.against}" for run in timed
+    headers = ["layer", *(f"{run.label} {name}" for run in timed for name in ("forward", "backward"))]
+    section.text = "Each run in the regime it is quoted in: compare within a column."
+    section.blocks.append(
+        Lines([f"{run.label}: {run.machine}; {_named(run.headline)}; against {run.against}" for run in timed])
     )
     for name in ("forward", "backward"):
-        bars = [(layer, {run.name: found[run.name].get(layer, {}).get(name) for run in timed}) for layer in layers]
-        figure = charts.means(bars, f"Speedup, {name}", [run.name for run in timed])
+        bars = [(layer, {run.label: found[run.label].get(layer, {}).get(name) for run in timed}) for layer in layers]
+        figure = charts.means(bars, f"Speedup, {name}", [run.label for run in timed])
         alt = f"Geometric means of the speedup {name} by layer, a bar for each run; the table below has the numbers"
         section.blocks.append(Chart(f"processors-{name}", alt, figure=figure))
     section.blocks.append(Table(headers, rows))
@@ -87,8 +88,8 @@ def side_by_side(runs: list[Run]) -> Section:
 
 
 def per_case(run: Run) -> Section:
-    section = Section(f"{run.name}: every case", level=3)
-    alt = f"Speedup of every case of {run.name} by layer, a panel for each regime; the table below has the numbers"
+    section = Section(f"{run.label}: every case", level=3)
+    alt = f"Speedup of every case of {run.label} by layer, a panel for each regime; the table below has the numbers"
     section.blocks.append(Chart(f"cases-{_slug(run)}", alt, figure=charts.cases(run, f"Speedup over {run.against}")))
     if run.doubtful:
         section.text = f"{run.doubtful} timings are in doubt, and left out."
@@ -128,9 +129,9 @@ def floors(runs: list[Run]) -> Section:
                 cells = (
                     number(side[layer][name]) for name in ("forward", "backward") for side in (theirs, {layer: values})
                 )
-                rows.append([run.name, _named(regime), layer, *cells])
+                rows.append([run.label, _named(regime), layer, *cells])
                 if regime == run.headline:
-                    bars[f"{layer}, {run.name}"] = {"torch": theirs[layer]["forward"], "normops": values["forward"]}
+                    bars[f"{layer}, {run.label}"] = {"torch": theirs[layer]["forward"], "normops": values["forward"]}
     if not rows:
         section.text = "No run has measured what a copy takes."
         return section
@@ -150,8 +151,8 @@ def scaling(runs: list[Run]) -> Section:
     section = Section("Scaling with size and threads")
     for run in runs:
         if run.headline:
-            alt = f"Speedup and distance to the floor of {run.name} against the size of the tensor"
-            chart = Chart(f"sizes-{_slug(run)}", alt, f"{run.name}, {_named(run.headline)}")
+            alt = f"Speedup and distance to the floor of {run.label} against the size of the tensor"
+            chart = Chart(f"sizes-{_slug(run)}", alt, f"{run.label}, {_named(run.headline)}")
             chart.figure = charts.sizes(run, run.headline)
             section.blocks.append(chart)
     threads = defaultdict(dict)
@@ -195,14 +196,14 @@ def models(runs: list[Run]) -> Section:
             bars.append((timing["model"], {part: found.get(part) for part in ("step", "norm")}))
         if rows:
             headers = ["model", "step", "malloc", "norms' share", *parts, "step, backend normops", "step, compiled"]
-            alt = f"Speedup of whole steps and of their norms, {run.name}; the table below has the numbers"
-            figure = charts.means(bars, f"Torch over normops, {run.name}", ["step", "norm"])
+            alt = f"Speedup of whole steps and of their norms, {run.label}; the table below has the numbers"
+            figure = charts.means(bars, f"Torch over normops, {run.label}", ["step", "norm"])
             section.blocks.append(Chart(f"models-{_slug(run)}", alt, figure=figure))
-            caption = f"{run.name}, {run.machine}: torch / normops; norms' share: of torch's step"
+            caption = f"{run.label}, {run.machine}: torch / normops; norms' share: of torch's step"
             section.blocks.append(Table(headers, rows, caption))
         if run.failed:
             section.blocks.append(
-                Lines([f"{run.name}: {model} was not measured: {why}" for model, why in run.failed.items()])
+                Lines([f"{run.label}: {model} was not measured: {why}" for model, why in run.failed.items()])
             )
     if not section.blocks:
         section.text = "No run of `python -m bench models` is among these."
@@ -220,7 +221,7 @@ def memory(runs: list[Run]) -> Section:
                     number(peaks[side] / 2**20 if side in peaks else None, ",.1f")
                     for side in ("torch", "normops", "fused")
                 ]
-                rows.append([timing["model"], run.name, *cells])
+                rows.append([timing["model"], run.label, *cells])
     if rows:
         section.blocks.append(Table(["model", "run", "torch MiB", "normops MiB", "fused MiB"], rows, "Peak of a step"))
     rows = []
@@ -233,7 +234,7 @@ def memory(runs: list[Run]) -> Section:
             if {"default", "recycled"} <= set(found):
                 default, recycled = found["default"], found["recycled"]
                 cells = [number(getattr(default, side) / getattr(recycled, side)) for side in ("torch", "normops")]
-                rows.append([run.name, layer, Cell(size, float(default.bytes)), dtype, layout, name, *cells])
+                rows.append([run.label, layer, Cell(size, float(default.bytes)), dtype, layout, name, *cells])
     if rows:
         headers = ["run", "layer", "shape", "dtype", "layout", "pass", "torch", "normops"]
         caption = "Time with new memory over that with recycled memory, cold caches, tensors of 8 MiB and more"
@@ -251,12 +252,12 @@ def accuracy(runs: list[Run]) -> Section:
             case = one["case"]
             for tensor in one["normops"]:
                 ours, theirs = one["normops"][tensor], one["torch"].get(tensor)
-                labels = [run.name, case["layer"], case["dtype"], case.get("layout", "contiguous")]
+                labels = [run.label, case["layer"], case["dtype"], case.get("layout", "contiguous")]
                 shown = [number(case.get("mean", 0.0), "g"), tensor, number(theirs, ".1e"), number(ours, ".1e")]
                 rows.append([*labels, *shown])
         errors = {side: [max(one[side].values()) for one in run.accuracy if one[side]] for side in ("torch", "normops")}
         if run.accuracy:
-            worst.append([run.name, *(number(max(values, default=None), ".1e") for values in errors.values())])
+            worst.append([run.label, *(number(max(values, default=None), ".1e") for values in errors.values())])
     if not rows:
         section.text = "No run has measured errors."
         return section
@@ -275,7 +276,7 @@ def training(runs: list[Run]) -> Section:
         for one in run.training:
             alt = f"Losses of {one['network']} with torch's layers and with those of normops, which lie on each other"
             caption = (
-                f"{one['network']}, {run.name}: losses differ by up to {one.get('step_difference', 0):.0e} in a step; "
+                f"{one['network']}, {run.label}: losses differ by up to {one.get('step_difference', 0):.0e} in a step; "
                 f"a step is {one['speedup']:.2f} times as fast"
             )
             name = f"training-{_slug(run)}-{one['network']}"
@@ -296,7 +297,7 @@ def experiments(runs: list[Run]) -> list[Section]:
         for key, one in run.experiments.items()
         for found in one["findings"]
     ]
-    first = Section("Experiments", [Table(["experiment", "claim", "outcome"], rows, f"{run.name}, {run.machine}")])
+    first = Section("Experiments", [Table(["experiment", "claim", "outcome"], rows, f"{run.label}, {run.machine}")])
     sections = [first]
     for key, one in run.experiments.items():
         section = Section(f"{key}. {one['title']}", text=one["setup"], level=3)
@@ -342,7 +343,7 @@ def comparison(old: Run, new: Run) -> Section:
 def environments(runs: list[Run]) -> Section:
     keys = list(dict.fromkeys(key for run in runs for key in run.environment))
     rows = [[key, *(run.environment.get(key, "") for run in runs)] for key in keys]
-    return Section("Environment", [Table(["", *(run.name for run in runs)], rows)])
+    return Section("Environment", [Table(["", *(run.label for run in runs)], rows)])
 
 
 def page(runs: list[Run], compared: tuple[Run, Run] | None = None) -> list[Section]:
@@ -364,14 +365,16 @@ def summary(runs: list[Run]) -> list[str]:
                 mean(one.speedup for one in here if one.name == name) for name in ("forward", "backward")
             )
             lines.append(
-                f"{run.name}: {forward or float('nan'):.2f} times as fast as {run.against} forward, "
+                f"{run.label}: {forward or float('nan'):.2f} times as fast as {run.against} forward, "
                 f"{backward or float('nan'):.2f} backward ({_named(run.headline)}; {run.machine})"
             )
         if run.models:
             steps = mean(one["parts"]["step"]["speedup"] for one in run.models if "step" in one.get("parts", {}))
-            lines.append(f"{run.name}: whole steps of models {steps or float('nan'):.2f} times as fast ({run.machine})")
+            lines.append(
+                f"{run.label}: whole steps of models {steps or float('nan'):.2f} times as fast ({run.machine})"
+            )
         if run.experiments:
             found = [one for experiment in run.experiments.values() for one in experiment["findings"]]
             held = sum(one["agreed"] == one["of"] for one in found)
-            lines.append(f"{run.name}: {held} of {len(found)} claims of the experiments held in all repetitions")
+            lines.append(f"{run.label}: {held} of {len(found)} claims of the experiments held in all repetitions")
     return lines

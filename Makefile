@@ -1,4 +1,5 @@
 # make bench    compares normops with torch on this machine and trains two networks on real data
+# make bench-models    the same inside of models of transformers, diffusers and monai; takes ten minutes
 # make test     builds and runs the test suite
 # make test-models    converts models of transformers, diffusers and monai, and compares them with themselves
 # make docs     the documentation as HTML, in build/docs
@@ -33,10 +34,16 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
+
+bench-models: build
+ifneq ($(ENVIRONMENT),)
+	$(RUN) -m pip install --quiet --group models
+endif
+	$(RUN) -m bench models $(BENCH_ARGS)
 
 # Warnings are errors. What the pages say is checked by tests/test_docs.py.
 docs: build
@@ -126,6 +133,7 @@ nightly: build package dist
 	$(MAKE) cuda CUDA_ARCHITECTURES="8.0 8.6 9.0 10.0 12.0"
 	for set in default avx2; do ATEN_CPU_CAPABILITY=$$set $(RUN) -m pytest -n auto -k "not emulated" --ignore=tests/emulator || exit; done
 	for threads in 1 3; do OMP_NUM_THREADS=$$threads $(RUN) -m pytest -p randomly -k "not emulated" --ignore=tests/emulator || exit; done
+	$(RUN) -m pytest -m nightly
 	$(MAKE) test-models
 
 clean:

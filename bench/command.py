@@ -1,6 +1,7 @@
 """What the commands of the benchmark have in common: options, progress, the last lines."""
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from normops._ops import BUILD_INFO
 WRONG, DOUBTFUL = 1, 3  # exit statuses; argparse has 2
 
 
-def _earlier(path: str) -> dict:
+def _earlier(path: str, key: str) -> dict:
     try:
-        return read_earlier(path)
+        return read_earlier(path, key)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_common(parser: argparse.ArgumentParser, output: str, mallocs: list[str], compare: bool = True) -> None:
+def add_common(parser: argparse.ArgumentParser, output: str, mallocs: list[str], key: str | None = "timings") -> None:
+    """The options. ``key``: what a file to compare with has to hold, if that can be done."""
     add = parser.add_argument_group("process").add_argument
     add("--threads", type=int, help="CPU threads (default: as many as torch takes)")
     add(
@@ -41,9 +43,9 @@ def add_common(parser: argparse.ArgumentParser, output: str, mallocs: list[str],
         metavar="DIR",
         help="folder for what is written; a temporary one if this cannot be written to (default: %(default)s)",
     )
-    if compare:
-        text = "also print how the speedups have changed since the run that wrote this results.json"
-        add("--compare", type=_earlier, metavar="OLD.json", help=text)
+    if key:
+        text = "also print how the speedups have changed since the run that wrote this file"
+        add("--compare", type=functools.partial(_earlier, key=key), metavar="OLD.json", help=text)
 
 
 def mallocs(arguments: argparse.Namespace) -> list[str]:

@@ -121,27 +121,41 @@ def _key(timing: Mapping) -> tuple:
 
 
 def changes(old: Mapping, new: Mapping) -> Changes:
-    """Of two runs, both as in JSON. A change counts if it is larger than the errors within both runs and the noise of
-    both null runs explain; the level takes into account how many are looked at."""
-    before = {_key(timing): timing for timing in old["timings"] if not timing["doubts"]}
-    pairs = [
-        (timing, before[_key(timing)]) for timing in new["timings"] if not timing["doubts"] and _key(timing) in before
-    ]
+    """Of two runs of single layers, both as in JSON."""
+    before = {_key(timing): timing for timing in sure_ones(old["timings"])}
     null_squares = sum(_null_square(run) for run in (old, new))
+    rows = []
+    for timing in sure_ones(new["timings"]):
+        earlier = before.get(_key(timing), {})
+        case, regime = timing["case"], "{caches} caches, {malloc} malloc".format(**timing["regime"])
+        size = "x".join(map(str, case["shape"]))
+        for name in ("forward", "backward") if earlier else ():
+            text = f"{case['layer']} {size} {case['dtype']} {case['layout']} {case['device']} {name}, {regime}"
+            rows.append((f"{case['layer']} {name}, {regime}", text, earlier[name], timing[name], null_squares))
+    return judge(rows, old, new)
+
+
+def sure_ones(timings: Iterable[Mapping]) -> list[Mapping]:
+    """`sure`, of timings that come from JSON."""
+    return [timing for timing in timings if not timing["doubts"]]
+
+
+def judge(rows: Iterable[tuple[str, str, Mapping, Mapping, float]], old: Mapping, new: Mapping) -> Changes:
+    """What has changed between two runs. Of each pass a row: the mean it is part of, its name, what was measured then
+    and now (`Comparison`), and the squared noise of torch against itself, in both runs together.
+
+    A change counts if it is larger than that and the errors within both runs explain; the level takes into account how
+    many are looked at."""
     means = defaultdict(list)
     cases = []
-    for timing, earlier in pairs:
-        for name in ("forward", "backward"):
-            square = earlier[name]["error"] ** 2 + timing[name]["error"] ** 2 + null_squares
-            case, regime = timing["case"], "{caches} caches, {malloc} malloc".format(**timing["regime"])
-            size = "x".join(map(str, case["shape"]))
-            text = f"{case['layer']} {size} {case['dtype']} {case['layout']} {case['device']} {name}, {regime}"
-            cases.append((text, 1, earlier[name]["speedup"], timing[name]["speedup"], math.sqrt(square)))
-            means[f"{case['layer']} {name}, {regime}"].append(cases[-1])
+    for group, text, earlier, now, null_squares in rows:
+        noise = math.sqrt(earlier["error"] ** 2 + now["error"] ** 2 + null_squares)
+        cases.append((text, 1, earlier["speedup"], now["speedup"], noise))
+        means[group].append(cases[-1])
     mean_rows = []
-    for text, rows in means.items():
-        speedups = (statistics.geometric_mean(row[index] for row in rows) for index in (2, 3))
-        mean_rows.append((text, len(rows), *speedups, math.sqrt(sum(row[4] ** 2 for row in rows)) / len(rows)))
+    for text, members in means.items():
+        speedups = (statistics.geometric_mean(row[index] for row in members) for index in (2, 3))
+        mean_rows.append((text, len(members), *speedups, math.sqrt(sum(row[4] ** 2 for row in members)) / len(members)))
 
     count = len(cases) + len(mean_rows)
     level = statistics.NormalDist().inv_cdf(1 - ERROR_RATE / 2 / count) if count else math.inf
@@ -159,5 +173,9 @@ def _null_square(run: Mapping) -> float:
     speedups = [
         timing[name]["speedup"] for timing in run["null"] if not timing["doubts"] for name in ("forward", "backward")
     ]
-    # Without a null run: what was usual in those there were.
+    return null_square(speedups)
+
+
+def null_square(speedups: list[float]) -> float:
+    """The mean square of the logarithms. Without a null run: what was usual in those there were."""
     return statistics.fmean(math.log(speedup) ** 2 for speedup in speedups) if speedups else 0.03**2

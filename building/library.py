@@ -15,7 +15,7 @@ FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 
 # A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
 KERNEL_FLAGS = ["-O3", "-fno-math-errno"]
-PLAIN_FLAGS = ["-O2"]  # the set without vectors, where there is one with them: to compare with, not for speed
+PLAIN_FLAGS = ["-O1"]  # the set without vectors, where there is one with them: to compare with, not for speed
 KERNEL_FLAGS_GCC = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Compiled once for each instruction set.
 KERNELS = [f"cpu/{engine}_{way}.cpp" for engine in ("row", "channel") for way in ("forward", "backward")]
@@ -67,18 +67,15 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
         return ninja.make(target, "cxx", source, flags=shlex.join(flags).replace("$", "$$"), what=f"compile {target}")
 
     objects = []  # the longest first
-    built = [f"-DNORMOPS_BUILT_{name}" for name in sets]
+    about = [*defines, *(f"-DNORMOPS_BUILT_{name}" for name in sets)]
     for unit, sources in _units(csrc, cuda is not None).items():
-        text = "".join(f'#include "{source}"\n' for source in sources)
-        write(folder / f"{unit}.cpp", text)
-        objects.append(compile_one(f"{unit}.o", folder / f"{unit}.cpp", *(built if unit == "operators" else [])))
-    objects.append(compile_one("module.o", csrc / "module.cpp", *defines))
+        together = _together(folder / f"{unit}.cpp", sources)
+        objects.append(compile_one(f"{unit}.o", together, *(about if unit == "operators" else [])))
     kernel_flags = KERNEL_FLAGS + ([] if compiler.is_clang else KERNEL_FLAGS_GCC)
     for name, flags in sets.items():
         which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
         plain = PLAIN_FLAGS if compiler.is_x86 and name == "DEFAULT" else []
-        for kernel in KERNELS:
-            source = csrc / kernel
+        for source in _kernel_sources(csrc, folder / name, name):
             objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *plain, *flags, *which))
     if cuda:
         objects += cuda.compile(ninja, sorted(csrc.glob("cuda/*.cu")))
@@ -91,6 +88,22 @@ def _units(csrc, cuda):
     units = {}
     for source in sorted(csrc.rglob("*.cpp")):
         path = source.relative_to(csrc)
-        if str(path) not in (*KERNELS, "module.cpp") and (cuda or path.parts[0] != "cuda"):
+        if str(path) not in KERNELS and (cuda or path.parts[0] != "cuda"):
             units.setdefault("autograd" if path.parts[0] == "autograd" else "operators", []).append(source)
     return units
+
+
+def _kernel_sources(csrc, folder, name):
+    """The kernels' files; of a set for one type two, as the headers take longer to read than its kernels to compile."""
+    sources = [csrc / kernel for kernel in KERNELS]
+    if name != "AVX512_BF16":
+        return sources
+    row = [source for source in sources if source.stem.startswith("row")]
+    channel = [source for source in sources if source not in row]
+    return [_together(folder / "row.cpp", row), _together(folder / "channel.cpp", channel)]
+
+
+def _together(path, sources):
+    """A file that is all of these."""
+    write(path, "".join(f'#include "{source}"\n' for source in sources))
+    return path

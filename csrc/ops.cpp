@@ -3,27 +3,33 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-// Public operators have torch.nn.functional's arguments, with their own behind the star, and are made of the private
+// Public operators have torch.nn.functional's arguments. A second overload of each, "fused", takes more behind the
+// star: an operator spends time on every argument, and most calls need none of these. They are made of the private
 // ones, which do the work and are what torch.compile sees. Statistics travel in float64.
-#define NORMOPS_EXTRAS "str? activation=None, float negative_slope=0.01, Tensor? residual=None"
+#define NORMOPS_EXTRAS ", *, str? activation=None, float negative_slope=0.01, Tensor? residual=None"
+#define NORMOPS_OFFSET ", float weight_offset=0.0"
 
 TORCH_LIBRARY(normops, m) {
-  m.def(
-      "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05,"
-      " *, " NORMOPS_EXTRAS ", float weight_offset=0.0) -> Tensor");
-  m.def(
-      "rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None,"
-      " *, " NORMOPS_EXTRAS ", float weight_offset=0.0) -> Tensor");
-  m.def(
-      "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
-      " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05, *, " NORMOPS_EXTRAS ") -> Tensor");
-  m.def(
-      "instance_norm(Tensor input, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? weight=None,"
-      " Tensor? bias=None, bool use_input_stats=True, float momentum=0.1, float eps=1e-05,"
-      " *, " NORMOPS_EXTRAS ") -> Tensor");
-  m.def(
-      "group_norm(Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05,"
-      " *, " NORMOPS_EXTRAS ") -> Tensor");
+  const auto public_operator = [&](const std::string& name, const std::string& arguments, const char* extras) {
+    m.def((name + "(" + arguments + ") -> Tensor").c_str());
+    m.def((name + ".fused(" + arguments + extras + ") -> Tensor").c_str());
+  };
+  public_operator("layer_norm",
+                  "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
+                  NORMOPS_EXTRAS NORMOPS_OFFSET);
+  public_operator("rms_norm", "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None",
+                  NORMOPS_EXTRAS NORMOPS_OFFSET);
+  public_operator("batch_norm",
+                  "Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
+                  " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05",
+                  NORMOPS_EXTRAS);
+  public_operator("instance_norm",
+                  "Tensor input, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? weight=None,"
+                  " Tensor? bias=None, bool use_input_stats=True, float momentum=0.1, float eps=1e-05",
+                  NORMOPS_EXTRAS);
+  public_operator("group_norm",
+                  "Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
+                  NORMOPS_EXTRAS);
   m.def(
       "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " Tensor? bias=None, float eps=1e-05, *, float weight_offset=0.0) -> (Tensor output, Tensor sum)");
@@ -71,8 +77,8 @@ namespace normops::ops {
 namespace {
 
 template <typename Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+auto find(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
 }
 
 OptionalName name_of(const Activation& activation) { return activation_name(activation.kind); }
@@ -83,24 +89,24 @@ Tensors3 first_three(Tensors4 grads) {
 
 }  // namespace
 
-at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                      const OptionalTensor& residual, double weight_offset) {
-  static const auto op = find<decltype(layer_norm)>("normops::layer_norm");
+at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                            const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                            const OptionalTensor& residual, double weight_offset) {
+  static const auto op = find<decltype(fused_layer_norm)>("normops::layer_norm", "fused");
   return op.call(input, normalized_shape, weight, bias, eps, activation, negative_slope, residual, weight_offset);
 }
 
-at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                    std::optional<double> eps, OptionalName activation, double negative_slope,
-                    const OptionalTensor& residual, double weight_offset) {
-  static const auto op = find<decltype(rms_norm)>("normops::rms_norm");
+at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                          std::optional<double> eps, OptionalName activation, double negative_slope,
+                          const OptionalTensor& residual, double weight_offset) {
+  static const auto op = find<decltype(fused_rms_norm)>("normops::rms_norm", "fused");
   return op.call(input, normalized_shape, weight, eps, activation, negative_slope, residual, weight_offset);
 }
 
-at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                      const OptionalTensor& residual) {
-  static const auto op = find<decltype(group_norm)>("normops::group_norm");
+at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                            const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                            const OptionalTensor& residual) {
+  static const auto op = find<decltype(fused_group_norm)>("normops::group_norm", "fused");
   return op.call(input, std::move(num_groups), weight, bias, eps, activation, negative_slope, residual);
 }
 

@@ -6,15 +6,17 @@
 
 namespace normops::ops {
 
-at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                      const OptionalTensor& residual, double weight_offset);
-at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                    std::optional<double> eps, OptionalName activation, double negative_slope,
-                    const OptionalTensor& residual, double weight_offset);
-at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                      const OptionalTensor& residual);
+at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                            const OptionalTensor& bias, double eps, OptionalName activation = {},
+                            double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {},
+                            double weight_offset = 0);
+at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                          std::optional<double> eps, OptionalName activation = {},
+                          double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {},
+                          double weight_offset = 0);
+at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                            const OptionalTensor& bias, double eps, OptionalName activation = {},
+                            double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {});
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
                         const OptionalTensor& weight, const OptionalTensor& bias, double eps, double weight_offset);
 Tensors2 add_rms_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,

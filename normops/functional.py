@@ -59,10 +59,15 @@ _instance_norm = torch.ops.normops.instance_norm.default
 _layer_norm = torch.ops.normops.layer_norm.default
 _rms_norm = torch.ops.normops.rms_norm.default
 
+# The overloads that take more than torch's functions do.
+_FUSED = {op: op.overloadpacket.fused for op in (_batch_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm)}
+
 
 def _call(op: Any, *args: Any, **extras: Any) -> Any:
     if torch.compiler.is_compiling() and compilation.decomposes(op._opname):
         return compilation.decomposed(op._opname, *args, **extras)
+    if extras:
+        op = _FUSED.get(op, op)
     try:
         return op(*args, **extras)
     except RuntimeError as error:
@@ -74,7 +79,7 @@ def _call(op: Any, *args: Any, **extras: Any) -> Any:
 def _extras(
     activation: str | None, negative_slope: float, residual: Tensor | None, weight_offset: float = 0.0
 ) -> dict[str, Any]:
-    """What is not as it is by default: an operator takes time for every argument."""
+    """What is not as it is by default."""
     extras: dict[str, Any] = {}
     if activation is not None:
         extras["activation"] = activation

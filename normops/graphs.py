@@ -21,7 +21,7 @@ _NAMES = {
 }
 _NORMS: dict[Any, str] = {
     **{getattr(TF, name): name for name in _NAMES},
-    **{getattr(_OPS, name).default: name for name in _NAMES},
+    **{getattr(getattr(_OPS, name), overload): name for name in _NAMES for overload in ("default", "fused")},
     **{getattr(torch, name): name for name in ("group_norm", "layer_norm", "rms_norm")},
 }
 

@@ -80,7 +80,7 @@ def _replace_one(graph_module: GraphModule, nodes: list[Node]) -> None:
             continue
         graph = graph_module.graph
         with graph.inserting_after(results[0]):
-            target = getattr(torch.ops.normops, name).default
+            target = getattr(getattr(torch.ops.normops, name), "fused" if offset else "default")
             ordered = (x, shape, weight, None, eps) if name == "layer_norm" else (x, shape, weight, eps)
             new = graph.call_function(target, ordered, {"weight_offset": offset} if offset else {})
         new.meta = dict(results[0].meta)

@@ -10,13 +10,12 @@ import shutil
 import subprocess
 
 import pytest
-import torch
-from torch import nn
 
 for library in "matplotlib", "rich", "sklearn":
     pytest.importorskip(library)
 
 # ruff: noqa: E402
+from bench_fakes import Watch
 from rich.console import Console
 
 from bench import fused, layers, report, worker
@@ -33,7 +32,6 @@ from bench.disturbance import (
 )
 from bench.machine import commit, last_level_cache, results_folder
 from bench.measure import Comparison, How, Timing, cold_turns, time_case, warm_turns
-from bench.models.step import part_of, sort_events
 from bench.regimes import HEADLINE, Regime
 from bench.results import FORMAT, Results, changes, doubt_multiples, noise, objections, read_earlier, sure
 
@@ -103,29 +101,6 @@ class TestComparison:
     def test_error_falls_with_the_root_of_the_rounds(self):
         few, many = (Comparison.of(times(2.0, n, seed=1) * 1, times(1.0, n, spread=0.0)) for n in (25, 2501))
         assert many.error == pytest.approx(few.error / 10, rel=0.6)
-
-
-class Watch:
-    """Disturbed in the rounds that it is told, and as often as told when it is asked whether all is quiet."""
-
-    def __init__(self, disturbed=(), signs=(), looks=0):
-        self.rounds, self.round, self.of_all, self.patience = disturbed, -1, list(signs), 40.0
-        self.disturbed, self.looks = False, looks
-
-    def begin(self):
-        self.round += 1
-
-    def end(self):
-        self.disturbed = self.round in self.rounds
-        return (["something ran"] if self.disturbed else []), Snapshot(1.0)
-
-    def quiet(self):
-        self.looks -= 1
-        return self.looks < 0
-
-    def signs(self, spent):
-        self.quiet_seconds = spent.clock
-        return self.of_all
 
 
 class Clock:
@@ -445,75 +420,6 @@ class TestTurns:
         case = Case(layer, shape, "float32", "contiguous", "cpu")
         (timing,) = time_case(case, [HEADLINE], How(against, seconds=0.0, rounds=2))
         assert timing.agrees and timing.rounds == 2
-
-
-class TestParts:
-    """Of a model's step."""
-
-    @dataclasses.dataclass
-    class Event:
-        name: str
-        self_cpu_time_total: float = 1e6
-        sequence_nr: int = -1
-        cpu_children: list = dataclasses.field(default_factory=list)
-
-    def node(self, name, number, *accumulated):
-        inner = self.Event(name, sequence_nr=number, cpu_children=[self.Event(f"aten::{name.lower()}")])
-        children = [inner, *accumulated]
-        return self.Event(f"autograd::engine::evaluate_function: {name}", 0, number, children)
-
-    def test_norms_are_what_their_layers_call(self):
-        layer = self.Event("norm forward", cpu_children=[self.Event("aten::add"), self.Event("aten::relu")])
-        parts = sort_events([layer, self.Event("aten::add"), self.Event("aten::relu_")], [])
-        assert parts["norm forward"] == 2 and parts["adds"] == parts["activations"] == 1
-        assert sum(parts.values()) == 4  # the time of the range itself is the profiler's
-
-    def test_backward_goes_to_the_layer_that_made_the_node(self):
-        events = [self.node("MulBackward0", 4), self.node("MulBackward0", 7)]
-        parts = sort_events(events, [(3, 5)])
-        assert parts["norm backward"] == 2 and parts["other"] == 2
-
-    def test_gradients_of_a_residual_are_adds(self):
-        add = self.Event("aten::add_")
-        parts = sort_events([self.node("NormBackward0", 1, add)], [(1, 2)])
-        assert parts["adds"] == 1 and parts["norm backward"] == 2
-        # A norm of two operators that read the input accumulates once for itself.
-        parts = sort_events([self.node("PowBackward0", 1, add), self.node("MulBackward0", 2, add)], [(1, 3)])
-        assert parts["adds"] == 1 and parts["norm backward"] == 5
-
-    @pytest.mark.parametrize(
-        ("operator", "part"),
-        [
-            ("aten::threshold_backward", "activations"),
-            ("aten::add_", "adds"),
-            ("aten::addmm", "convolutions and products"),
-            ("aten::mkldnn_convolution", "convolutions and products"),
-            ("aten::mul", "other"),
-            ("normops::batch_norm", "norm forward"),
-            ("normops::_channel_norm_backward", "norm backward"),
-        ],
-    )
-    def test_operators(self, operator, part):
-        assert part_of(operator) == part
-
-
-def test_whole_step_of_a_model(monkeypatch):
-    from bench.models import measure, zoo
-
-    tiny = zoo.Model(
-        "tiny",
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
-        lambda: {"input": torch.randn(2, 3, 8, 8)},
-    )
-    monkeypatch.setattr(measure, "MODELS", [tiny])
-    monkeypatch.setattr(worker.station(), "watch", Watch())
-    timing = measure.time_model("tiny", "default", 0.0, compiled=False)
-    assert timing.agrees and timing.rounds >= measure.MIN_ROUNDS
-    assert {"norm forward", "norm backward", "norm", "activations", "step"} <= set(timing.parts)
-    assert timing.parts["norm"].torch < timing.parts["step"].torch
-    assert timing.fusions == 1 and {"norms, activations, adds", "step"} == set(timing.fused)
-    # The output of each layer but the last, and gradients.
-    assert timing.peak_bytes["torch"] >= 3 * 2 * 8 * 6 * 6 * 4
 
 
 def test_command_line_says_what_is_wrong(tmp_path, capsys):

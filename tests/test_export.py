@@ -92,6 +92,7 @@ def test_unknown_compile_mode(mode):
         normops.set_compile_mode(mode)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.float16], ids=str)
 @each_dtype
 @each_case
@@ -128,6 +129,7 @@ def test_decomposed_statistics(op, dtype):
         assert results[0][1].ne(0).all() == use_input_stats
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_compile_whole(name, mode, device):
@@ -149,6 +151,7 @@ def test_models_compile_whole(name, mode, device):
     torch.testing.assert_close(converted.state_dict(), original.state_dict())
 
 
+@pytest.mark.real_device
 def test_inductor_fuses_what_is_decomposed(device):
     """A training step in decompose mode through the default compiler."""
     original, converted = pair(every_layer, device=device)
@@ -207,6 +210,7 @@ assert ("normops" in sys.modules) == bool("{imports}")
 """
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize(("mode", "imports"), [("kernel", "import normops"), ("decompose", "")])
 def test_aot_inductor(mode, imports, tmp_path, device):
     """A package runs in a fresh process: with normops imported if it calls the kernels, without it if decomposed."""

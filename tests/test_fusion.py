@@ -405,7 +405,7 @@ def forget_compiled_code():
 @few_cases
 def test_opcheck(case, activation, residual, device):
     sample = fused(case, activation, residual, device=device)
-    torch.library.opcheck(getattr(OPS, case.op).default, (sample.input,), {**sample.parameters, **sample.fixed})
+    torch.library.opcheck(getattr(OPS, case.op).fused, (sample.input,), {**sample.parameters, **sample.fixed})
 
 
 @each_row_case
@@ -440,6 +440,7 @@ def test_fake_tensors_lie_as_real_ones(case, layout, residual, device):
         )
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
 @each_residual
@@ -462,6 +463,7 @@ def test_compile(case, residual, mode, dynamic, device):
         torch.testing.assert_close(result, expected[f"grad_{name}"], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
 @each_row_case
 def test_compile_of_sums(case, mode, device):

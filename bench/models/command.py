@@ -1,6 +1,7 @@
 """``python -m bench models``: what normops is worth inside of models."""
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import time
@@ -12,6 +13,7 @@ from bench.machine import environment, results_folder
 from bench.models import report
 from bench.models.measure import time_model
 from bench.models.zoo import MODELS
+from bench.report import changes_table
 from bench.tables import environment_table, write_markdown
 from bench.worker import Worker
 
@@ -36,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help=f"time for each model (default: {SECONDS:g}, {QUICK_SECONDS:g} if --quick), but at least three rounds",
     )
-    add_common(parser, "bench/results/latest-models", mallocs=["default"], compare=False)
+    add_common(parser, "bench/results/latest-models", mallocs=["default"], key="models")
     return parser
 
 
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
         )
         return 2
     facts = environment()
-    options = {name: value for name, value in vars(arguments).items() if name != "output"}
+    options = {name: value for name, value in vars(arguments).items() if name not in ("compare", "output")}
     results = report.ModelResults(facts, options)
     folder, elsewhere = results_folder(arguments.output)
     if elsewhere:
@@ -88,6 +90,8 @@ def main(argv: list[str]) -> int:
                 bar.advance(each)
             worker.close()
     tables += [report.models_table(results.models), report.parts_table(results.models)]
+    if arguments.compare:
+        tables.append(changes_table(report.changes(arguments.compare, dataclasses.asdict(results))))
     for table in tables[1:]:
         console.print(table, "")
 

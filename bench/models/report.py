@@ -16,9 +16,10 @@ from bench.machine import MIB
 from bench.measure import Comparison
 from bench.models.measure import ModelTiming
 from bench.models.step import FUSED, PARTS
-from bench.results import DOUBTFUL_SHARE, FORMAT, NOISY
+from bench.results import DOUBTFUL_SHARE, FORMAT, NOISY, Changes, judge, null_square, sure_ones
 from bench.tables import make_table, speedup
 
+COMPARED = "norm forward", "norm backward", "norm", "step"
 CHARTED = {"norm forward": NORMOPS, "norm backward": BACKWARD, "step": TORCH}
 WHAT = {True: "training", False: "inference"}
 
@@ -53,7 +54,7 @@ def models_table(timings: list[ModelTiming]) -> Table:
     table = make_table("Models", "model", "malloc", *columns, texts=2, caption=caption)
     for timing in timings:
         parts, doubtful = timing.parts, bool(timing.doubts)
-        cells = [_ratio(parts.get(part), doubtful) for part in ("norm forward", "norm backward", "norm", "step")]
+        cells = [_ratio(parts.get(part), doubtful) for part in COMPARED]
         null = timing.null["step"]
         peak = " -> ".join(f"{peak / MIB:.0f}" for peak in timing.peak_bytes.values())
         row = [timing.model, timing.malloc, *cells, f"{null.speedup:.2f} ±{null.spread:3.0%}", peak]
@@ -102,7 +103,7 @@ def verdict(timings: list[ModelTiming], failed: Mapping[str, str]) -> list[str]:
         here = [timing for timing in sure(timings) if timing.malloc == malloc]
         means = {
             part: statistics.geometric_mean(timing.parts[part].speedup for timing in here if part in timing.parts)
-            for part in ("norm forward", "norm backward", "norm", "step")
+            for part in COMPARED
             if any(part in timing.parts for timing in here)
         }
         for part in (FUSED, "step"):
@@ -139,6 +140,25 @@ def objections(timings: list[ModelTiming]) -> list[str]:
     if noise(timings, "step") > NOISY:
         found.append(f"a step of torch differs from itself by {noise(timings, 'step'):.0%}")
     return found
+
+
+def changes(old: Mapping, new: Mapping) -> Changes:
+    """Of two runs of models, both as in JSON."""
+    before = {(timing["model"], timing["malloc"]): timing for timing in sure_ones(old["models"])}
+    rows = []
+    for part in COMPARED:
+        runs = [
+            [timing["null"][part]["speedup"] for timing in sure_ones(run["models"]) if part in timing["null"]]
+            for run in (old, new)
+        ]
+        null_squares = sum(map(null_square, runs))
+        for timing in sure_ones(new["models"]):
+            earlier = before.get((timing["model"], timing["malloc"]), {"parts": {}})
+            if part in earlier["parts"] and part in timing["parts"]:
+                group = f"{part}, {timing['malloc']} malloc"
+                text = f"{timing['model']} {group}"
+                rows.append((group, text, earlier["parts"][part], timing["parts"][part], null_squares))
+    return judge(rows, old, new)
 
 
 def write_chart(folder: Path, timings: list[ModelTiming], environment: Mapping[str, str]) -> list[str]:

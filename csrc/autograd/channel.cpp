@@ -171,9 +171,10 @@ at::Tensor batch_norm_of_nothing(const at::Tensor& input, const OptionalTensor& 
   return output;
 }
 
-at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
-                      double eps, OptionalName activation, double negative_slope, const OptionalTensor& residual) {
+at::Tensor fused_batch_norm(const at::Tensor& input, const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                            bool training, double momentum, double eps, OptionalName activation, double negative_slope,
+                            const OptionalTensor& residual) {
   check_input("batch_norm", input);
   const Extras extras = check_extras("batch_norm", input, activation, negative_slope, residual);
   if (input.dim() == 1 && input.sym_numel() == 0) return batch_norm_of_nothing(input, weight, bias);
@@ -200,10 +201,10 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mea
   return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/true, momentum, eps, extras);
 }
 
-at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                         const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats,
-                         double momentum, double eps, OptionalName activation, double negative_slope,
-                         const OptionalTensor& residual) {
+at::Tensor fused_instance_norm(const at::Tensor& input, const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var, const OptionalTensor& weight,
+                               const OptionalTensor& bias, bool use_input_stats, double momentum, double eps,
+                               OptionalName activation, double negative_slope, const OptionalTensor& residual) {
   check_input("instance_norm", input);
   const Extras extras = check_extras("instance_norm", input, activation, negative_slope, residual);
   TORCH_CHECK_VALUE(input.dim() >= 2 || !use_input_stats, too_few_dimensions("instance_norm", input));
@@ -227,9 +228,9 @@ at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_
   return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/false, momentum, eps, extras);
 }
 
-at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                      const OptionalTensor& residual) {
+at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                            const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                            const OptionalTensor& residual) {
   check_input("group_norm", input);
   const Extras extras = check_extras("group_norm", input, activation, negative_slope, residual);
   TORCH_CHECK(input.dim() >= 2, too_few_dimensions("group_norm", input));
@@ -244,6 +245,26 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
                     num_groups, " groups");
   return std::get<0>(
       channel_norm(input, std::nullopt, std::nullopt, weight, bias, num_groups, /*over_batch=*/false, eps, extras));
+}
+
+// The overloads without extras.
+at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
+                      double eps) {
+  return fused_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, {},
+                          Activation{}.negative_slope, {});
+}
+
+at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                         const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats,
+                         double momentum, double eps) {
+  return fused_instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, {},
+                             Activation{}.negative_slope, {});
+}
+
+at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  return fused_group_norm(input, std::move(num_groups), weight, bias, eps, {}, Activation{}.negative_slope, {});
 }
 
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
@@ -272,14 +293,20 @@ void compose_running_stats(const at::Tensor& running_mean, const at::Tensor& run
 
 TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm.fused", fused_batch_norm);
   m.impl("instance_norm", instance_norm);
+  m.impl("instance_norm.fused", fused_instance_norm);
   m.impl("group_norm", group_norm);
+  m.impl("group_norm.fused", fused_group_norm);
 }
 
 TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm.fused", fused_batch_norm);
   m.impl("instance_norm", instance_norm);
+  m.impl("instance_norm.fused", fused_instance_norm);
   m.impl("group_norm", group_norm);
+  m.impl("group_norm.fused", fused_group_norm);
   m.impl("_channel_norm", private_channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", compose_running_stats);

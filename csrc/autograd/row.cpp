@@ -191,23 +191,34 @@ void check_rows(const char* op, const at::Tensor& input, c10::SymIntArrayRef nor
   check_parameter(op, "bias", bias, input, normalized_shape, "normalized_shape");
 }
 
-at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                      const OptionalTensor& residual, double weight_offset) {
+at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                            const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
+                            const OptionalTensor& residual, double weight_offset) {
   check_rows("layer_norm", input, normalized_shape, weight, bias);
   const Extras extras = check_extras("layer_norm", input, activation, negative_slope, residual, weight_offset);
   return std::get<0>(row_norm(input, normalized_shape.size(), weight, bias, eps, /*centered=*/true, extras,
                               /*with_statistics=*/false));
 }
 
-at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                    std::optional<double> eps, OptionalName activation, double negative_slope,
-                    const OptionalTensor& residual, double weight_offset) {
+at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                          std::optional<double> eps, OptionalName activation, double negative_slope,
+                          const OptionalTensor& residual, double weight_offset) {
   check_rows("rms_norm", input, normalized_shape, weight, std::nullopt);
   const Extras extras = check_extras("rms_norm", input, activation, negative_slope, residual, weight_offset);
   return std::get<0>(row_norm(input, normalized_shape.size(), weight, std::nullopt,
                               eps.value_or(default_rms_eps(input)), /*centered=*/false, extras,
                               /*with_statistics=*/false));
+}
+
+// The overloads without extras.
+at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps) {
+  return fused_layer_norm(input, normalized_shape, weight, bias, eps, {}, Activation{}.negative_slope, {}, 0);
+}
+
+at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                    std::optional<double> eps) {
+  return fused_rms_norm(input, normalized_shape, weight, eps, {}, Activation{}.negative_slope, {}, 0);
 }
 
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
@@ -233,14 +244,18 @@ Tensors2 add_rms_norm(const at::Tensor& input, const at::Tensor& residual, c10::
 
 TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
   m.impl("layer_norm", layer_norm);
+  m.impl("layer_norm.fused", fused_layer_norm);
   m.impl("rms_norm", rms_norm);
+  m.impl("rms_norm.fused", fused_rms_norm);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_rms_norm", add_rms_norm);
 }
 
 TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("layer_norm", layer_norm);
+  m.impl("layer_norm.fused", fused_layer_norm);
   m.impl("rms_norm", rms_norm);
+  m.impl("rms_norm.fused", fused_rms_norm);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("_row_norm", row_norm_and_statistics);

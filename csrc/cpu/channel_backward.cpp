@@ -54,7 +54,7 @@ NORMOPS_KERNEL scale(const Tile& tile, Lines<const T> dy, Lines<T> dx, const Acc
 }
 
 template <typename T>
-void add(Kernels<T>& kernels) {
+void fill_channel_backward(Kernels<T>& kernels) {
   kernels.grad_sums = grad_sums<T>;
   kernels.grad_apply = grad_apply<T>;
   kernels.scale = scale<T>;
@@ -62,6 +62,6 @@ void add(Kernels<T>& kernels) {
 
 }  // namespace
 
-void add_channel_backward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+void add_channel_backward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(fill_channel_backward, table) }
 
 }  // namespace normops::cpu::CPU_CAPABILITY

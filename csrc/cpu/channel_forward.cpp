@@ -67,13 +67,13 @@ NORMOPS_KERNEL apply(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwa
 }
 
 template <typename T>
-void add(Kernels<T>& kernels) {
+void fill_channel_forward(Kernels<T>& kernels) {
   kernels.moments = moments<T>;
   kernels.apply = apply<T>;
 }
 
 }  // namespace
 
-void add_channel_forward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+void add_channel_forward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(fill_channel_forward, table) }
 
 }  // namespace normops::cpu::CPU_CAPABILITY

@@ -186,7 +186,7 @@ NORMOPS_KERNEL sum_lines(Lines<const T> a, Lines<const T> b, Lines<T> sum, int64
 }
 
 template <typename T>
-void add(Kernels<T>& kernels) {
+void fill_epilogue(Kernels<T>& kernels) {
   if constexpr (std::is_same_v<T, Acc<T>>) {
     kernels.activate = activate<T>;
     kernels.differentiate = differentiate<T>;
@@ -203,6 +203,6 @@ void add(Kernels<T>& kernels) {
 
 }  // namespace
 
-void add_epilogue(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+void add_epilogue(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(fill_epilogue, table) }
 
 }  // namespace normops::cpu::CPU_CAPABILITY

@@ -124,13 +124,13 @@ NORMOPS_KERNEL sum_blocks(const Acc<T>* sums, int64_t blocks, int64_t stride, in
 }
 
 template <typename T>
-void add(Kernels<T>& kernels) {
+void fill_row_backward(Kernels<T>& kernels) {
   kernels.sum_blocks = sum_blocks<T>;
   kernels.row_backward = backward<T>;
 }
 
 }  // namespace
 
-void add_row_backward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+void add_row_backward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(fill_row_backward, table) }
 
 }  // namespace normops::cpu::CPU_CAPABILITY

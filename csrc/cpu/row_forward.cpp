@@ -83,7 +83,7 @@ NORMOPS_KERNEL widen_parameter(const T* natural, int64_t length, Acc<T>* packed)
 }
 
 template <typename T>
-void add(Kernels<T>& kernels) {
+void fill_row_forward(Kernels<T>& kernels) {
   kernels.pack_size = Pack<T>::kSize;
   kernels.memory_order = !Pack<T>::kSplit;
   kernels.pack_parameter = pack_parameter<T>;
@@ -93,6 +93,6 @@ void add(Kernels<T>& kernels) {
 
 }  // namespace
 
-void add_row_forward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(add, table) }
+void add_row_forward(KernelTable& table) { NORMOPS_FOR_EACH_TYPE(fill_row_forward, table) }
 
 }  // namespace normops::cpu::CPU_CAPABILITY

@@ -96,8 +96,8 @@ def run_tests(files, selection, variant="plain", **environment):
     assert "CUDA kernels" in done.stdout and "Sanitizer" not in done.stdout + done.stderr
 
 
-# Each layer forward and backward, contiguous and channels_last: ThreadSanitizer takes 0.3 ms a thread.
-@pytest.mark.parametrize("variant", ["asan", "tsan"])
+# Each layer forward and backward, contiguous and channels_last. Building the kernels for a sanitizer takes a minute.
+@pytest.mark.parametrize("variant", ["asan", pytest.param("tsan", marks=pytest.mark.nightly)])
 def test_sanitizers_find_nothing(variant):
     run_tests(["backward", "dtypes"], "input-weight-bias or (test_channels_last and bfloat16)", variant)
 

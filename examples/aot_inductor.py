@@ -14,7 +14,7 @@ model = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(
 normops.convert(model)
 
 x = torch.ones(3, 16)
-batch = torch.export.Dim("batch", min=1, max=1024)
+batch = torch.export.Dim("batch", min=2, max=1024)
 # Decomposed, the program holds torch's operations only: what loads it need not know normops.
 with torch.no_grad(), normops.set_compile_mode("decompose"):
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))

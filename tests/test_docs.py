@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +47,12 @@ TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULT
 GROUPS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[dependency-groups]")[1], re.MULTILINE)
 
 
+@cache
+def help_of(*command):
+    run = [sys.executable, "-m", "bench", *command, "--help"]
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def check_command(line):
     """What would take minutes is looked at instead: the target, the options, the groups are there."""
     words = line.partition("#")[0].split()
@@ -56,9 +63,7 @@ def check_command(line):
     elif words[:2] == ["bash", words[-1]]:
         assert (ROOT / words[1]).exists()
     elif words[:3] == ["python", "-m", "bench"]:
-        command = words[3] if words[3:] and words[3] in COMMANDS else ""
-        run = [sys.executable, "-m", "bench", *([command] if command else []), "--help"]
-        told = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        told = help_of(*[word for word in words[3:4] if word in COMMANDS])
         assert all(word in told for word in words[3:] if word.startswith("--"))
     elif words[:3] == ["python", "-m", "normops"]:
         subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, check=True)

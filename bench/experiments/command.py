@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         nargs="+",
         choices=EXPERIMENTS,
-        help="some of them, such as a f, beside what is in the folder already (default: all)",
+        help="some of them, in this order, such as f a, beside what is in the folder already (default: all)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of each training (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed and a fifth of the steps: to see that it runs")
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     scale = Scale((0,), 0.2) if arguments.quick else Scale(tuple(range(arguments.seeds)))
-    chosen = [EXPERIMENTS[key] for key in EXPERIMENTS if key in (arguments.only or EXPERIMENTS)]
+    chosen = [EXPERIMENTS[key] for key in arguments.only or EXPERIMENTS]
     console = make_console()
     folder, elsewhere = results_folder(arguments.output)
     if elsewhere:

@@ -101,6 +101,11 @@ def _steps(values: list[int | None]) -> str:
     return text + (f", never in {missing} of {len(values)}" if missing else "")
 
 
+def _after(values: list[int | None]) -> str:
+    text = _steps(values)
+    return text if text == "never" else f"after {text} steps"
+
+
 def table(data: dict):
     caption = (
         f"median over {len(data['seeds'])} seeds (least to most). Steps: of {BATCH} images, until the accuracy on "
@@ -143,15 +148,15 @@ def findings(data: dict) -> list[Finding]:
             "With BatchNorm, at the same learning rate, the baseline's best accuracy is reached in fewer steps.",
             at_same,
             f"At the same learning rate BatchNorm reached the baseline's best accuracy "
-            f"({percent(median(data['goals']))}) after {_steps(variants['BatchNorm']['steps'])} steps, the baseline "
-            f"after {_steps(variants['baseline']['steps'])}.",
+            f"({percent(median(data['goals']))}) {_after(variants['BatchNorm']['steps'])}, the baseline "
+            f"{_after(variants['baseline']['steps'])}.",
         ),
         finding(
             "BatchNorm bears larger learning rates, and gains by them.",
             faster,
-            f"Five times the rate took BatchNorm {_steps(variants['BatchNorm x5']['steps'])} steps and thirty times "
-            f"the rate {_steps(variants['BatchNorm x30']['steps'])}; the baseline itself, at five times the rate, took "
-            f"{_steps(variants['baseline x5']['steps'])} (sooner than at its own in {sum(control)} of {of} seeds); the "
+            f"At five times the rate BatchNorm was there {_after(variants['BatchNorm x5']['steps'])}, at thirty times "
+            f"{_after(variants['BatchNorm x30']['steps'])}, and the baseline itself, at five times the rate, "
+            f"{_after(variants['baseline x5']['steps'])} (sooner than at its own in {sum(control)} of {of} seeds); the "
             f"highest accuracy was that of {best}, {percent(median(variants[best]['maxima']))}.",
         ),
         finding(

@@ -1,4 +1,4 @@
-"""``python -m bench`` and ``python -m bench models``: how fast and how exact normops is, beside torch.
+"""``python -m bench``, or with ``models``, ``accuracy`` or ``memory``: how fast and exact normops is, beside torch.
 
 ``python -m bench experiments`` shows what the layers do to training, ``python -m bench report`` makes one page of
 recorded runs.
@@ -9,6 +9,8 @@ import sys
 
 COMMANDS = {
     "models": "bench.models.command",
+    "accuracy": "bench.exactness",
+    "memory": "bench.memory",
     "experiments": "bench.experiments.command",
     "report": "bench.page.command",
 }

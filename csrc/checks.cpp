@@ -63,8 +63,8 @@ void check_residual(const char* op, const at::Tensor& residual, const at::Tensor
 }
 
 Extras check_extras(const char* op, const at::Tensor& input, const OptionalName& activation, double negative_slope,
-                    const OptionalTensor& residual, double weight_offset) {
-  Extras extras{{0, negative_slope}, residual, weight_offset};
+                    const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
+  Extras extras{{0, negative_slope}, residual, weight_offset, memory_efficient};
   if (activation) {
     extras.activation.kind = activation_kind(*activation);
     TORCH_CHECK_VALUE(extras.activation, op, ": expected activation to be None or one of ", known_activations(),
@@ -74,6 +74,15 @@ Extras check_extras(const char* op, const at::Tensor& input, const OptionalName&
                     ": expected negative_slope only with activation='leaky_relu', got ", negative_slope,
                     activation ? " with '" + std::string(*activation) + "'" : " without an activation");
   if (defined(residual)) check_residual(op, *residual, input);
+  if (memory_efficient) {
+    TORCH_CHECK_VALUE(!activation || activation == "leaky_relu" || activation == "elu", op,
+                      ": expected activation to be None, 'leaky_relu' or 'elu', which can be inverted, with "
+                      "memory_efficient=True, got '",
+                      *activation, "'");
+    TORCH_CHECK_VALUE(activation != "leaky_relu" || negative_slope > 0, op,
+                      ": expected negative_slope > 0 with memory_efficient=True, got ", negative_slope);
+    TORCH_CHECK_VALUE(!defined(residual), op, ": expected no residual with memory_efficient=True, got one");
+  }
   return extras;
 }
 

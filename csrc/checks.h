@@ -29,9 +29,10 @@ void check_channels(const char* op, const at::Tensor& input, std::initializer_li
 void check_running_stats(const char* op, const OptionalTensor& mean, const OptionalTensor& var,
                          const at::Tensor& input);
 
-// A residual like the input; an activation that is known, and a slope only where there is a use for it.
+// A residual like the input; an activation that is known, and a slope only where there is a use for it; nothing that
+// cannot be inverted with memory_efficient.
 Extras check_extras(const char* op, const at::Tensor& input, const OptionalName& activation, double negative_slope,
-                    const OptionalTensor& residual, double weight_offset = 0);
+                    const OptionalTensor& residual, double weight_offset, bool memory_efficient);
 void check_residual(const char* op, const at::Tensor& residual, const at::Tensor& input);
 
 // input.shape[-k:] == normalized_shape, which has k >= 1 entries.

@@ -28,6 +28,7 @@ struct Extras {
   Activation activation{};
   OptionalTensor residual{};
   double weight_offset = 0;
+  bool memory_efficient = false;  // the backward starts from the output (autograd/restore.h)
 
   bool epilogue() const { return activation || defined(residual); }
   bool any() const { return epilogue() || weight_offset != 0; }

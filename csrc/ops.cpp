@@ -8,6 +8,7 @@
 // ones, which do the work and are what torch.compile sees. Statistics travel in float64.
 #define NORMOPS_EXTRAS ", *, str? activation=None, float negative_slope=0.01, Tensor? residual=None"
 #define NORMOPS_OFFSET ", float weight_offset=0.0"
+#define NORMOPS_MEMORY ", bool memory_efficient=False"
 
 TORCH_LIBRARY(normops, m) {
   const auto public_operator = [&](const std::string& name, const std::string& arguments, const char* extras) {
@@ -16,20 +17,20 @@ TORCH_LIBRARY(normops, m) {
   };
   public_operator("layer_norm",
                   "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
-                  NORMOPS_EXTRAS NORMOPS_OFFSET);
+                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY);
   public_operator("rms_norm", "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None",
-                  NORMOPS_EXTRAS NORMOPS_OFFSET);
+                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY);
   public_operator("batch_norm",
                   "Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
                   " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05",
-                  NORMOPS_EXTRAS);
+                  NORMOPS_EXTRAS NORMOPS_MEMORY);
   public_operator("instance_norm",
                   "Tensor input, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? weight=None,"
                   " Tensor? bias=None, bool use_input_stats=True, float momentum=0.1, float eps=1e-05",
-                  NORMOPS_EXTRAS);
+                  NORMOPS_EXTRAS NORMOPS_MEMORY);
   public_operator("group_norm",
                   "Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
-                  NORMOPS_EXTRAS);
+                  NORMOPS_EXTRAS NORMOPS_MEMORY);
   m.def(
       "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " Tensor? bias=None, float eps=1e-05, *, float weight_offset=0.0) -> (Tensor output, Tensor sum)");
@@ -91,23 +92,26 @@ Tensors3 first_three(Tensors4 grads) {
 
 at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual, double weight_offset) {
+                            const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
   static const auto op = find<decltype(fused_layer_norm)>("normops::layer_norm", "fused");
-  return op.call(input, normalized_shape, weight, bias, eps, activation, negative_slope, residual, weight_offset);
+  return op.call(input, normalized_shape, weight, bias, eps, activation, negative_slope, residual, weight_offset,
+                 memory_efficient);
 }
 
 at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                           std::optional<double> eps, OptionalName activation, double negative_slope,
-                          const OptionalTensor& residual, double weight_offset) {
+                          const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
   static const auto op = find<decltype(fused_rms_norm)>("normops::rms_norm", "fused");
-  return op.call(input, normalized_shape, weight, eps, activation, negative_slope, residual, weight_offset);
+  return op.call(input, normalized_shape, weight, eps, activation, negative_slope, residual, weight_offset,
+                 memory_efficient);
 }
 
 at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual) {
+                            const OptionalTensor& residual, bool memory_efficient) {
   static const auto op = find<decltype(fused_group_norm)>("normops::group_norm", "fused");
-  return op.call(input, std::move(num_groups), weight, bias, eps, activation, negative_slope, residual);
+  return op.call(input, std::move(num_groups), weight, bias, eps, activation, negative_slope, residual,
+                 memory_efficient);
 }
 
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,

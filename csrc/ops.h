@@ -9,14 +9,15 @@ namespace normops::ops {
 at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation = {},
                             double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {},
-                            double weight_offset = 0);
+                            double weight_offset = 0, bool memory_efficient = false);
 at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                           std::optional<double> eps, OptionalName activation = {},
                           double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {},
-                          double weight_offset = 0);
+                          double weight_offset = 0, bool memory_efficient = false);
 at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation = {},
-                            double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {});
+                            double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {},
+                            bool memory_efficient = false);
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
                         const OptionalTensor& weight, const OptionalTensor& bias, double eps, double weight_offset);
 Tensors2 add_rms_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,

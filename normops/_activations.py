@@ -31,7 +31,20 @@ def apply(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
     return FUNCTIONS[activation](z)
 
 
-def check(op: str, activation: str | None, negative_slope: float) -> None:
+def is_invertible(
+    activation: str | None = None, negative_slope: float = DEFAULT_SLOPE, residual: object = None
+) -> bool:
+    """Whether the backward may start from the output."""
+    return residual is None and (activation in (None, "elu") or (activation == "leaky_relu" and negative_slope > 0))
+
+
+def check(
+    op: str,
+    activation: str | None,
+    negative_slope: float,
+    memory_efficient: bool = False,
+    residual: Tensor | None = None,
+) -> None:
     """Raises what the operators raise."""
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"{op}: expected activation of type str or None, got {type(activation).__name__}")
@@ -43,6 +56,17 @@ def check(op: str, activation: str | None, negative_slope: float) -> None:
         raise ValueError(
             f"{op}: expected negative_slope only with activation='leaky_relu', got {negative_slope:g} {behind}"
         )
+    if not memory_efficient:
+        return
+    if activation not in (None, "leaky_relu", "elu"):
+        raise ValueError(
+            f"{op}: expected activation to be None, 'leaky_relu' or 'elu', which can be inverted, with "
+            f"memory_efficient=True, got {activation!r}"
+        )
+    if activation == "leaky_relu" and negative_slope <= 0:
+        raise ValueError(f"{op}: expected negative_slope > 0 with memory_efficient=True, got {negative_slope:g}")
+    if residual is not None:
+        raise ValueError(f"{op}: expected no residual with memory_efficient=True, got one")
 
 
 def of_module(module: torch.nn.Module) -> tuple[str, float] | None:

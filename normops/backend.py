@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from normops import _activations, graphs, imitations
 from normops import functional as F
-from normops import graphs, imitations
 from normops._ops import BUILD_INFO
 
 __all__ = ["Fusion", "FusionReport", "Left", "backend", "fusion_report"]
@@ -294,6 +294,8 @@ class _Site:
 
     def replace(self, place: Node, last: Node, extras: dict[str, Any]) -> None:
         """One call at ``place`` for all from the norm to ``last``."""
+        if self.norm.kwargs.get("memory_efficient") and _activations.is_invertible(**extras):
+            extras = {**extras, "memory_efficient": True}
         with self.graph.inserting_after(place):
             new = self.graph.call_function(getattr(F, self.name), (), {**self.arguments, **extras})
         new.meta = dict(last.meta)

@@ -79,13 +79,14 @@ def decomposed(
     negative_slope: float = _activations.DEFAULT_SLOPE,
     residual: torch.Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
 ) -> Any:
     """``torch.nn.functional.<name>`` for the dtypes that normops takes: all in the type of the arithmetic."""
     if name in ("add_layer_norm", "add_rms_norm"):
         total = input + args[0]
         norm = "layer_norm" if name == "add_layer_norm" else "rms_norm"
         return decomposed(norm, total, *args[1:], weight_offset=weight_offset), total
-    _activations.check(name, activation, negative_slope)
+    _activations.check(name, activation, negative_slope, memory_efficient, residual)
     arithmetic = torch.promote_types(input.dtype, torch.float32)
     converted = [_as(arithmetic, arg) for arg in args]
     if weight_offset and len(converted) > 1 and converted[1] is not None:  # the weight

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from normops import absorption, lookalikes, modules, registry  # noqa: F401  (lookalikes fills the registry)
+from normops import _activations, absorption, lookalikes, modules, registry  # noqa: F401  (lookalikes fills the registry)
 from normops.modules._dropin import DropIn, WithEpilogue
 from normops.report import Layer, Summary
 
@@ -46,7 +46,7 @@ def _drop_in(module: torch.nn.Module) -> _Class | None:
     return _TO_NORMOPS.get(type(module)) or registry.replacement_class(module)
 
 
-def convert(model: _Model, *, fuse: bool = False, verbose: bool = False) -> _Model:
+def convert(model: _Model, *, fuse: bool = False, memory_efficient: bool = False, verbose: bool = False) -> _Model:
     """Makes every layer of ``model`` that normops has a drop-in for use the kernels of normops.
 
     The modules stay the same objects: only their class changes. Parameters, buffers, hooks, names, the training flag
@@ -64,11 +64,18 @@ def convert(model: _Model, *, fuse: bool = False, verbose: bool = False) -> _Mod
     do not follow a norm, and modules with hooks, which would see something else, are left. For what is not written as
     a Sequential: ``torch.compile(model, backend="normops")``.
 
+    With ``memory_efficient=True`` the layers of torch's classes whose activation, if they have taken one over, can be
+    inverted (``LeakyReLU``, ``ELU``) start their backward from the output and do not keep their input: it pays where
+    the next layer keeps that output, as a convolution does. An output that is changed in place, as by
+    ``torch.nn.ReLU(inplace=True)``, is an error in the backward then; with ``torch.compile(model, backend="normops")``
+    such activations become a part of the norm.
+
     Returns ``model``. Undo with :func:`revert`.
 
     Args:
         model: the model, which is changed in place.
         fuse: let norms take over the activations behind them.
+        memory_efficient: do not keep the inputs of norms where the outputs will do (:mod:`normops.functional`).
         verbose: print the :func:`summary` of the converted model.
 
     Raises:
@@ -80,6 +87,9 @@ def convert(model: _Model, *, fuse: bool = False, verbose: bool = False) -> _Mod
     _exchange(model, _drop_in)
     if fuse:
         absorption.absorb(model)
+    if memory_efficient:
+        for module in model.modules():
+            _save_memory(module)
     if not any(map(_is_norm, model.modules())):
         warnings.warn(
             f"convert: expected a model with normalization layers, found none in {type(model).__name__}", stacklevel=2
@@ -87,6 +97,14 @@ def convert(model: _Model, *, fuse: bool = False, verbose: bool = False) -> _Mod
     if verbose:
         print(summary(model))
     return model
+
+
+def _save_memory(module: torch.nn.Module) -> None:
+    if type(module) not in _TO_TORCH or not isinstance(module, WithEpilogue) or module.memory_efficient:
+        return
+    if _activations.is_invertible(module.activation, module.negative_slope):
+        module.memory_efficient = True
+        module.__dict__["_normops_saves_memory"] = True
 
 
 def revert(model: _Model) -> _Model:
@@ -101,6 +119,8 @@ def revert(model: _Model) -> _Model:
     _check_is_module(model)
     for module in model.modules():
         absorption.release(module)
+        if module.__dict__.pop("_normops_saves_memory", False):
+            del module.__dict__["memory_efficient"]
     _exchange(model, _original)
     return model
 

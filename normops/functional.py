@@ -16,7 +16,21 @@ Behind torch's arguments, by keyword alone, they take what often follows a norm,
 device, in any strides. What the backward needs of the activation it makes anew from the input, or takes from the
 output if there is a residual (``relu``, ``leaky_relu``); the other activations keep the residual. The row layers also
 take ``weight_offset``, a number that is added to the weight wherever it is used: 1 for a weight stored as its distance
-from one. :func:`add_layer_norm` and :func:`add_rms_norm` add first, and return the sum beside its norm.
+from one. With ``memory_efficient=True`` the backward starts from the output, which the next layer keeps anyway, and
+the input is not kept: see :ref:`below <memory-efficient>`. :func:`add_layer_norm` and :func:`add_rms_norm` add first,
+and return the sum beside its norm.
+
+.. _memory-efficient:
+
+``memory_efficient=True`` takes no activation, ``"leaky_relu"`` or ``"elu"``, which can be inverted, and no residual.
+The result is the same to the bit. In the backward the activation, weight and bias are undone, which gives the
+normalized input to the rounding of the output: in float32 and float64 gradients are as exact as otherwise to within a
+factor of two, in 16-bit types those of the parameters as if the input had been rounded once more. Where too little of
+the input is left in the output, it is kept channel by channel (in the row layers: position by position): where the
+weight is next to zero or less than a quarter of the bias, and with ``"elu"`` where an output is nearer to -1 than
+1/256; with ``"elu"`` in 16-bit types it is kept as a whole. The output must not be changed in place, which raises an
+error in the backward. ``torch.compile``, which decides itself what is saved and what is computed anew, takes no notice
+of it, nor do ``torch.func`` and forward-mode AD.
 
 ``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
 be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in
@@ -29,6 +43,8 @@ Errors are of the types that torch raises: ``NotImplementedError`` for an input 
 and ``RuntimeError`` for shapes, parameters and devices that do not fit. Of what torch does not have, an ``activation``
 that is not known, a ``negative_slope`` without ``"leaky_relu"``, and a ``residual`` of another shape or device are
 ``ValueError``, and a ``residual`` of another dtype is a ``TypeError``: it is neither broadcast nor promoted.
+``memory_efficient`` with an activation that has no inverse, with a ``negative_slope`` that is not positive or with a
+residual is a ``ValueError``.
 """
 
 import re
@@ -77,7 +93,11 @@ def _call(op: Any, *args: Any, **extras: Any) -> Any:
 
 
 def _extras(
-    activation: str | None, negative_slope: float, residual: Tensor | None, weight_offset: float = 0.0
+    activation: str | None,
+    negative_slope: float,
+    residual: Tensor | None,
+    weight_offset: float = 0.0,
+    memory_efficient: bool = False,
 ) -> dict[str, Any]:
     """What is not as it is by default."""
     extras: dict[str, Any] = {}
@@ -89,6 +109,8 @@ def _extras(
         extras["residual"] = residual
     if weight_offset != 0.0:
         extras["weight_offset"] = weight_offset
+    if memory_efficient:
+        extras["memory_efficient"] = memory_efficient
     return extras
 
 
@@ -127,6 +149,7 @@ def batch_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Batch normalization: one statistic per channel, over the batch and all positions.
 
@@ -141,7 +164,7 @@ def batch_norm(
         training: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance; positive when ``training``.
-        activation, negative_slope, residual: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: one value per channel with ``training=True``; only one of the running statistics; a bad ``eps``.
@@ -158,7 +181,7 @@ def batch_norm(
         training,
         momentum,
         eps,
-        **_extras(activation, negative_slope, residual),
+        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient),
     )
 
 
@@ -175,6 +198,7 @@ def instance_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Instance normalization: one statistic per sample and channel, over all positions.
 
@@ -190,7 +214,7 @@ def instance_norm(
         use_input_stats: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance.
-        activation, negative_slope, residual: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: one position per channel with ``use_input_stats=True``; only one of the running statistics.
@@ -208,7 +232,7 @@ def instance_norm(
         use_input_stats,
         momentum,
         eps,
-        **_extras(activation, negative_slope, residual),
+        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient),
     )
 
 
@@ -222,6 +246,7 @@ def group_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Group normalization: one statistic per sample and group of channels, over all positions.
 
@@ -233,14 +258,15 @@ def group_norm(
             the whole sample.
         weight, bias: shape :math:`(C)`, or ``None``.
         eps: added to the variance.
-        activation, negative_slope, residual: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient: see the top of :mod:`normops.functional`.
 
     Raises:
         ValueError: a single sample with one value per group.
         RuntimeError: ``num_groups`` does not divide the channels; a parameter of the wrong shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    return _call(_group_norm, input, num_groups, weight, bias, eps, **_extras(activation, negative_slope, residual))
+    extras = _extras(activation, negative_slope, residual, memory_efficient=memory_efficient)
+    return _call(_group_norm, input, num_groups, weight, bias, eps, **extras)
 
 
 def layer_norm(
@@ -254,6 +280,7 @@ def layer_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Layer normalization: one statistic per row, the last ``len(normalized_shape)`` dimensions.
 
@@ -264,7 +291,8 @@ def layer_norm(
         normalized_shape: the trailing dimensions of ``input``.
         weight, bias: shape ``normalized_shape``, or ``None``.
         eps: added to the variance.
-        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
+            :mod:`normops.functional`.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; a parameter has another shape
@@ -280,7 +308,7 @@ def layer_norm(
         weight,
         bias,
         eps,
-        **_extras(activation, negative_slope, residual, weight_offset),
+        **_extras(activation, negative_slope, residual, weight_offset, memory_efficient),
     )
 
 
@@ -294,6 +322,7 @@ def rms_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Root mean square layer normalization: :math:`x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}} \cdot \mathrm{weight}`
     over the last ``len(normalized_shape)`` dimensions.
@@ -306,7 +335,8 @@ def rms_norm(
         normalized_shape: the trailing dimensions of ``input``.
         weight: shape ``normalized_shape``, or ``None``.
         eps: added to the mean square; ``None`` is the machine epsilon of float32 (of float64 for float64), as in torch.
-        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
+            :mod:`normops.functional`.
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; ``weight`` has another shape
@@ -315,9 +345,8 @@ def rms_norm(
     """
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("rms_norm", normalized_shape)
-    return _call(
-        _rms_norm, input, normalized_shape, weight, eps, **_extras(activation, negative_slope, residual, weight_offset)
-    )
+    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient)
+    return _call(_rms_norm, input, normalized_shape, weight, eps, **extras)
 
 
 def add_layer_norm(

@@ -35,6 +35,19 @@ def laid_out(sample, layout):
     return sample
 
 
+# Arguments that are refused: what is told of them.
+X = torch.randn(SHAPE)
+WRONG = {
+    "activation": ({"activation": "swish"}, ValueError, ["activation", "'relu', 'relu6'", "got 'swish'"]),
+    "activation type": ({"activation": 3}, TypeError, ["activation", "str", "got int"]),
+    "slope": ({"negative_slope": 0.2}, ValueError, ["negative_slope only with activation='leaky_relu'", "got 0.2"]),
+    "slope of another": ({"activation": "relu", "negative_slope": 0.2}, ValueError, ["negative_slope", "with 'relu'"]),
+    "residual shape": ({"residual": X[:1]}, ValueError, ["residual of the shape of input", "[4, 6, 5, 7]", "[1, 6"]),
+    "residual dtype": ({"residual": X.double()}, TypeError, ["residual of the dtype of input (Float)", "got Double"]),
+    "residual device": ({"residual": X.to("meta")}, ValueError, ["residual on the device of input (cpu)", "got meta"]),
+    "residual type": ({"residual": 1.0}, TypeError, ["residual of type Tensor or None", "got float"]),
+}
+
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 each_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 # One of each engine and kind of statistic, for what takes long.
@@ -45,6 +58,8 @@ few_activations = pytest.mark.parametrize("activation", [None, "relu", "leaky_re
 __all__ = [
     "ACTIVATIONS",
     "SLOPE",
+    "WRONG",
+    "X",
     "each_activation",
     "each_case",
     "each_residual",

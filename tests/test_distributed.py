@@ -140,6 +140,46 @@ def test_equals_joined_batch(ranks, case, batch):
     ranks.run(equals_joined_batch, case, batch)
 
 
+def epilogue_of_joined_batch(rank, world_size, activation, residual, memory_efficient):
+    """What follows the norm sees the statistics of all ranks, forward and backward."""
+    sizes = BATCHES[world_size][1]
+    options = {"negative_slope": 0.2} if activation == "leaky_relu" else {}
+    layer = normops.SyncBatchNorm(6, activation=activation, memory_efficient=memory_efficient, **options)
+    function = getattr(nn.functional, activation or "", lambda z, *slope: z)
+    slope = (0.2,) if activation == "leaky_relu" else ()
+    exact = nn.BatchNorm2d(6).double()
+    torch.manual_seed(2)
+    joined, added, grads = (torch.randn(sum(sizes), 6, 5, 4) for _ in range(3))
+    x = share(joined, rank, sizes).requires_grad_()
+    r = share(added, rank, sizes).requires_grad_() if residual else None
+    y = layer(x, r)
+    y.backward(share(grads, rank, sizes))
+    joined = joined.double().requires_grad_()
+    added = added.double().requires_grad_()
+    expected = function(exact(joined) + added if residual else exact(joined), *slope)
+    expected.backward(grads.double())
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(y.double(), share(expected, rank, sizes), **close)
+    torch.testing.assert_close(x.grad.double(), share(joined.grad, rank, sizes), **close)
+    if residual:
+        torch.testing.assert_close(r.grad.double(), share(added.grad, rank, sizes), **close)
+    for ours, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(summed(ours.grad), theirs.grad, **close)
+    for ours, theirs in zip(layer.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), **close)
+    y, expected = layer.eval()(x), exact.eval()(x.double())
+    torch.testing.assert_close(y.double(), function(expected, *slope), **close)
+
+
+@two_ranks
+@pytest.mark.parametrize(
+    ("activation", "residual", "memory_efficient"),
+    [("relu", False, False), ("silu", True, False), ("leaky_relu", True, False), (None, True, False), ("elu", 0, True)],
+)
+def test_epilogue_of_joined_batch(ranks, activation, residual, memory_efficient):
+    ranks.run(epilogue_of_joined_batch, activation, residual, memory_efficient)
+
+
 def far_from_zero(rank, world_size):
     """Float32 data with mean 10,000 and standard deviation 1, the mean another on each rank."""
     x = torch.randn(8, 6, 20, 20) + 10_000 + rank

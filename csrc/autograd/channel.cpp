@@ -28,6 +28,9 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
         ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps, extras);
     variable_list saved{input, weight.value_or(at::Tensor()), mean, var};
     save_for_activation(saved, extras, bias, output);
+    if (const auto kept = inputs_to_keep(input, output, weight, bias, /*normalized_ndim=*/0, extras)) {
+      save_for_restoring(saved, bias, output, *kept);
+    }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["eps"] = eps;
     save_mask(ctx, {!defined(given_mean), defined(bias), defined(residual)});
@@ -44,9 +47,18 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
     Mask4 wanted = gradients_wanted(ctx, saved[1].defined(), has_bias, has_residual);
     const bool same = wanted[3] && !extras.activation;  // a sum hands its gradient on as it is
     wanted[3] = wanted[3] && !same;
-    auto [dx, dweight, dbias, dresidual] = ops::channel_norm_backward(
-        grads[0], saved[0], saved[2], saved[3], saved[1], groups_of(saved[2]), is_over_batch(saved[2]),
-        ctx->saved_data["eps"].toDouble(), input_stats, wanted, extras);
+    const double eps = ctx->saved_data["eps"].toDouble();
+    at::Tensor input = saved[0], mean = saved[2];
+    if (saved.size() == kSavedForRestoring) {
+      std::tie(input, mean) =
+          restored_channels(saved[0], mean, saved[3], saved[1], saved[4], eps, extras.activation, kept_inputs(saved));
+      connect_to_input(input);
+      if (derivative_from_output(extras.activation))
+        extras.output = saved[0];  // which knows the sign of what is near zero
+    }
+    auto [dx, dweight, dbias, dresidual] =
+        ops::channel_norm_backward(grads[0], input, mean, saved[3], saved[1], groups_of(mean), is_over_batch(mean), eps,
+                                   input_stats, wanted, extras);
     return {dx, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}, {}, {}};
   }
 };
@@ -174,9 +186,10 @@ at::Tensor batch_norm_of_nothing(const at::Tensor& input, const OptionalTensor& 
 at::Tensor fused_batch_norm(const at::Tensor& input, const OptionalTensor& running_mean,
                             const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
                             bool training, double momentum, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual) {
+                            const OptionalTensor& residual, bool memory_efficient) {
   check_input("batch_norm", input);
-  const Extras extras = check_extras("batch_norm", input, activation, negative_slope, residual);
+  const Extras extras =
+      check_extras("batch_norm", input, activation, negative_slope, residual, /*weight_offset=*/0, memory_efficient);
   if (input.dim() == 1 && input.sym_numel() == 0) return batch_norm_of_nothing(input, weight, bias);
   // Torch looks for the size of a dimension that is not there, unless it misses running statistics first.
   TORCH_CHECK_INDEX(input.dim() >= 2 || !training || defined(running_mean), too_few_dimensions("batch_norm", input));
@@ -204,9 +217,11 @@ at::Tensor fused_batch_norm(const at::Tensor& input, const OptionalTensor& runni
 at::Tensor fused_instance_norm(const at::Tensor& input, const OptionalTensor& running_mean,
                                const OptionalTensor& running_var, const OptionalTensor& weight,
                                const OptionalTensor& bias, bool use_input_stats, double momentum, double eps,
-                               OptionalName activation, double negative_slope, const OptionalTensor& residual) {
+                               OptionalName activation, double negative_slope, const OptionalTensor& residual,
+                               bool memory_efficient) {
   check_input("instance_norm", input);
-  const Extras extras = check_extras("instance_norm", input, activation, negative_slope, residual);
+  const Extras extras =
+      check_extras("instance_norm", input, activation, negative_slope, residual, /*weight_offset=*/0, memory_efficient);
   TORCH_CHECK_VALUE(input.dim() >= 2 || !use_input_stats, too_few_dimensions("instance_norm", input));
   TORCH_CHECK_INDEX(input.dim() >= 2, too_few_dimensions("instance_norm", input));
   check_channels("instance_norm", input,
@@ -230,9 +245,10 @@ at::Tensor fused_instance_norm(const at::Tensor& input, const OptionalTensor& ru
 
 at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual) {
+                            const OptionalTensor& residual, bool memory_efficient) {
   check_input("group_norm", input);
-  const Extras extras = check_extras("group_norm", input, activation, negative_slope, residual);
+  const Extras extras =
+      check_extras("group_norm", input, activation, negative_slope, residual, /*weight_offset=*/0, memory_efficient);
   TORCH_CHECK(input.dim() >= 2, too_few_dimensions("group_norm", input));
   TORCH_CHECK(num_groups > 0, "group_norm: expected num_groups > 0, got ", num_groups);
   const c10::SymInt channels = input.sym_size(1);
@@ -252,19 +268,19 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mea
                       const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
                       double eps) {
   return fused_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, {},
-                          Activation{}.negative_slope, {});
+                          Activation{}.negative_slope, {}, false);
 }
 
 at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                          const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats,
                          double momentum, double eps) {
   return fused_instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, {},
-                             Activation{}.negative_slope, {});
+                             Activation{}.negative_slope, {}, false);
 }
 
 at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {
-  return fused_group_norm(input, std::move(num_groups), weight, bias, eps, {}, Activation{}.negative_slope, {});
+  return fused_group_norm(input, std::move(num_groups), weight, bias, eps, {}, Activation{}.negative_slope, {}, false);
 }
 
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "../extras.h"
+#include "restore.h"
 
 namespace normops {
 
@@ -92,6 +93,17 @@ inline void restore_for_activation(BackwardExtras& extras, const variable_list& 
   extras.residual = saved[first + 1];
   extras.output = saved[first + 2];
 }
+
+// What the backward needs of a layer that does not keep its input: the output in the place of the input; bias, two
+// places that stay empty, and the inputs that are kept all the same. Their number tells it from other layers.
+constexpr size_t kSavedForRestoring = 9;
+inline void save_for_restoring(variable_list& saved, const OptionalTensor& bias, const at::Tensor& output,
+                               const KeptInputs& kept) {
+  saved[0] = output;
+  saved.resize(4);
+  saved.insert(saved.end(), {bias.value_or(at::Tensor()), {}, {}, kept.index, kept.values});
+}
+inline KeptInputs kept_inputs(const variable_list& saved) { return {saved[7], saved[8]}; }
 
 // A Function may not return undefined tensors: the results that were asked for, and back to three with the others
 // undefined.

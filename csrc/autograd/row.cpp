@@ -40,6 +40,9 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
     auto [output, mean, rstd] = ops::row_norm(input, normalized_ndim, weight, bias, eps, centered, extras);
     variable_list saved{input, weight.value_or(at::Tensor()), mean, rstd};
     save_for_activation(saved, extras, bias, output);
+    if (const auto kept = inputs_to_keep(input, output, weight, bias, normalized_ndim, extras)) {
+      save_for_restoring(saved, bias, output, *kept);
+    }
     ctx->save_for_backward(std::move(saved));
     Settings{normalized_ndim, eps, centered, defined(bias), defined(residual)}.save(ctx);
     save_extras(ctx, extras);
@@ -56,9 +59,16 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
     Mask4 wanted = gradients_wanted(ctx, saved[1].defined(), layer.has_bias, layer.has_residual);
     const bool same = wanted[3] && !extras.activation;  // a sum hands its gradient on as it is
     wanted[3] = wanted[3] && !same;
-    auto [dx, dweight, dbias, dresidual] =
-        ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3], saved[1], layer.eps,
-                               layer.centered, wanted, extras);
+    at::Tensor input = saved[0], mean = saved[2];
+    if (saved.size() == kSavedForRestoring) {
+      std::tie(input, mean) = restored_rows(saved[0], layer.normalized_ndim, mean, saved[3], saved[1], saved[4],
+                                            extras.activation, extras.weight_offset, kept_inputs(saved));
+      connect_to_input(input);
+      if (derivative_from_output(extras.activation))
+        extras.output = saved[0];  // which knows the sign of what is near zero
+    }
+    auto [dx, dweight, dbias, dresidual] = ops::row_norm_backward(
+        grads[0], input, layer.normalized_ndim, mean, saved[3], saved[1], layer.eps, layer.centered, wanted, extras);
     return {dx, {}, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}};
   }
 };
@@ -193,18 +203,20 @@ void check_rows(const char* op, const at::Tensor& input, c10::SymIntArrayRef nor
 
 at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual, double weight_offset) {
+                            const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
   check_rows("layer_norm", input, normalized_shape, weight, bias);
-  const Extras extras = check_extras("layer_norm", input, activation, negative_slope, residual, weight_offset);
+  const Extras extras =
+      check_extras("layer_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient);
   return std::get<0>(row_norm(input, normalized_shape.size(), weight, bias, eps, /*centered=*/true, extras,
                               /*with_statistics=*/false));
 }
 
 at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                           std::optional<double> eps, OptionalName activation, double negative_slope,
-                          const OptionalTensor& residual, double weight_offset) {
+                          const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
   check_rows("rms_norm", input, normalized_shape, weight, std::nullopt);
-  const Extras extras = check_extras("rms_norm", input, activation, negative_slope, residual, weight_offset);
+  const Extras extras =
+      check_extras("rms_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient);
   return std::get<0>(row_norm(input, normalized_shape.size(), weight, std::nullopt,
                               eps.value_or(default_rms_eps(input)), /*centered=*/false, extras,
                               /*with_statistics=*/false));
@@ -213,12 +225,12 @@ at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalize
 // The overloads without extras.
 at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {
-  return fused_layer_norm(input, normalized_shape, weight, bias, eps, {}, Activation{}.negative_slope, {}, 0);
+  return fused_layer_norm(input, normalized_shape, weight, bias, eps, {}, Activation{}.negative_slope, {}, 0, false);
 }
 
 at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                     std::optional<double> eps) {
-  return fused_rms_norm(input, normalized_shape, weight, eps, {}, Activation{}.negative_slope, {}, 0);
+  return fused_rms_norm(input, normalized_shape, weight, eps, {}, Activation{}.negative_slope, {}, 0, false);
 }
 
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,

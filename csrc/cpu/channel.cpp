@@ -249,7 +249,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   const Operand<const T> gradient = epilogue ? Operand<const T>{epilogue.dz.data, epilogue.dz.strides} : dy;
 
   const auto reduce = [&](const Region& r) {
-    if (!sums_needed && !epilogue) return;
+    if (!sums_needed && !epilogue.dz.data) return;
     for_tiles(g, r, Order::kForwards, [&](int64_t k, const Tile& tile) {
       if (k + 1 < r.last_segment) {
         dy.prefetch(g, k + 1, r.first_channel);
@@ -451,15 +451,14 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                const OptionalTensor& residual, const OptionalTensor& output, OptionalName activation,
                                double negative_slope) {
   const Activation kind = as_activation(activation, negative_slope);
-  at::Tensor x = input, dy = grad_output, dx, dresidual, added, y, unwanted;
+  at::Tensor x = input, dy = grad_output, dx, dresidual, added, y;
   if (output_mask[0]) dx = new_like(input);
   if (output_mask[3]) dresidual = new_like(input);
   if (kind) {
     added = residual.value_or(at::Tensor());
     y = output.value_or(at::Tensor());
-    if (!output_mask[0] && !output_mask[3]) unwanted = new_like(input);
   }
-  Operands operands{&x, &dy, &dx, &added, &y, &dresidual, &unwanted};
+  Operands operands{&x, &dy, &dx, &added, &y, &dresidual};
   const Geometry g = operands.view(num_groups, over_batch, /*wide=*/true).geometry;
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
@@ -480,9 +479,7 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                         operands.input<scalar_t>(added),
                         operands.input<scalar_t>(y),
                         {b, 0},
-                        operands.output<scalar_t>(output_mask[3]   ? dresidual
-                                                  : output_mask[0] ? dx
-                                                                   : unwanted)};
+                        operands.output<scalar_t>(output_mask[3] ? dresidual : dx)};
           }
           channel_backward<scalar_t>(g, operands.input<scalar_t>(dy), operands.input<scalar_t>(x),
                                      operands.output<scalar_t>(dx), {w, 1}, means.const_data_ptr<double>(),

@@ -15,7 +15,7 @@
 namespace normops::cpu {
 
 // Elements of a piece; and the fewest lines of a channels_last tile, where every sum takes a pass over the channels.
-constexpr int64_t kPieceElements = 4096, kPieceLines = 32;
+constexpr int64_t kPieceElements = 2048, kPieceLines = 32;
 
 struct Piece {
   Tile tile;
@@ -26,7 +26,12 @@ struct Piece {
 
   template <typename T>
   Lines<T> of(const Lines<T>& whole) const {
+    if (whole.data == nullptr) return {};
     return {tile.layout == Layout::kContiguous ? whole[channel] + position : whole[position], whole.stride};
+  }
+  template <typename A>
+  ForwardCoefficients<A> of(const ForwardCoefficients<A>& k) const {
+    return {k.center + channel, k.scale + channel, k.shift + channel};
   }
   template <typename T>
   Lines<T> in(T* memory) const {
@@ -64,17 +69,6 @@ Lines<const T> read_only(const Lines<T>& lines) {
   return {lines.data, lines.stride};
 }
 
-// Pieces of the input as the kernels of the arithmetic's type read them: as they lie, or widened into `memory`.
-template <typename T>
-Lines<const Acc<T>> widened(const Piece& piece, Lines<const T> x, Acc<T>* memory) {
-  if constexpr (std::is_same_v<T, Acc<T>>) {
-    return piece.of(x);
-  } else {
-    kernels().of<T>().widen_lines(piece.of(x), piece.in(memory), piece.lines(), piece.length());
-    return read_only(piece.in(memory));
-  }
-}
-
 // y = activation((x - center) * scale + shift + residual)
 template <typename T>
 void apply_epilogue(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k,
@@ -85,7 +79,6 @@ void apply_epilogue(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwar
     kernel.apply_linear(tile, x, residual, y, k, *pieces);
     return;
   }
-  const Kernels<A>& wide = kernels().of<A>();
   constexpr bool kWide = std::is_same_v<T, A>;
   const auto memory = kWide ? nullptr : piece_memory<A>(tile.channels, tile.width);
   for_pieces(tile, [&](const Piece& piece) {
@@ -95,17 +88,16 @@ void apply_epilogue(const Tile& tile, Lines<const T> x, Lines<T> y, const Forwar
       z = piece.of(y);
     else
       z = piece.in(memory.get());
-    wide.apply(piece.tile, widened(piece, x, memory.get()), z,
-               {k.center + piece.channel, k.scale + piece.channel, k.shift + piece.channel});
-    if (residual.data) kernel.add_lines(piece.of(residual), z, lines, length);
-    if (activation) wide.activate(activation, z, lines, length);
+    kernel.pre_activation(piece.tile, piece.of(x), piece.of(residual), z, piece.of(k));
+    kernels().of<A>().activate(activation, z, lines, length);
     if constexpr (!kWide) kernel.narrow_lines(read_only(z), piece.of(y), lines, length);
   });
 }
 
 // The way back through the epilogue: makes dz, the gradient before the activation, and takes its sums while it is in
-// cache. dz goes where a result will be, that of the residual or dx, and is rounded to its type. The sums are of values
-// that are not rounded; relu rounds none, and of leaky_relu's slope * dy the sums are of rounded ones.
+// cache. dz goes where a result will be, that of the residual or dx, and is rounded to its type; nowhere if neither is
+// wanted. The sums are of values that are not rounded; relu rounds none, and of leaky_relu's slope * dy the sums are of
+// rounded ones.
 template <typename T>
 struct EpilogueGradient {
   using A = Acc<T>;
@@ -134,49 +126,56 @@ struct EpilogueGradient {
   static const Kernels<T>& kernel() { return kernels().of<T>(); }
   static const Kernels<A>& wide() { return kernels().of<A>(); }
 
-  ForwardCoefficients<A> coefficients(const Piece& piece) const {
-    return {k.center + piece.channel, k.scale + piece.channel, k.shift + piece.channel};
-  }
-
   // One loop for dz and the plain kernel for its sums.
   void gated(const activations::LinearPieces& pieces, double* sum_dz, double* sum_dz_x) const {
     const auto part = sums_memory(sum_dz);
+    const auto memory = dz.data ? nullptr : piece_memory<T>(tile.channels, tile.width);
     for_pieces(tile, [&](const Piece& piece) {
-      const Lines<T> to = piece.of(dz);
+      const Lines<T> to = dz.data ? piece.of(dz) : piece.in(memory.get());
       if (output.data)
         kernel().gate_by_output(piece.of(dy), piece.of(output), to, piece.lines(), piece.length(), pieces);
       else
-        kernel().gate(piece.tile, piece.of(dy), piece.of(x), to, coefficients(piece), pieces);
+        kernel().gate(piece.tile, piece.of(dy), piece.of(x), to, piece.of(k), pieces);
       if (!sum_dz) return;
-      kernel().grad_sums(piece.tile, read_only(to), piece.of(x), k.center + piece.channel, part.get(),
-                         part.get() + tile.channels);
+      take_sums(piece, read_only(to), piece.of(x), part.get());
       add(piece, part.get(), sum_dz, sum_dz_x);
     });
   }
 
   // Step by step, in the type of the arithmetic.
   void in_steps(double* sum_dz, double* sum_dz_x) const {
+    constexpr bool kWide = std::is_same_v<T, A>;
     const auto part = sums_memory(sum_dz);
     const auto memory = piece_memory<A>(tile.channels, tile.width);
-    const auto wide_x = std::is_same_v<T, A> ? nullptr : piece_memory<A>(tile.channels, tile.width);
+    const auto more_memory = kWide ? nullptr : piece_memory<A>(tile.channels, tile.width);
     for_pieces(tile, [&](const Piece& piece) {
       const int64_t lines = piece.lines(), length = piece.length();
-      const Lines<A> gradient = piece.in(memory.get());
-      const Lines<const A> input = widened(piece, x, wide_x.get());
-      if (output.data) {
-        kernel().widen_lines(piece.of(output), gradient, lines, length);
+      const Lines<A> z = piece.in(memory.get());
+      if (!output.data) kernel().pre_activation(piece.tile, piece.of(x), piece.of(residual), z, piece.of(k));
+      if constexpr (kWide) {
+        const Lines<T> to = dz.data ? piece.of(dz) : z;
+        kernel().differentiate(activation, output.data ? piece.of(output) : read_only(z), piece.of(dy), to, lines,
+                               length);
+        if (sum_dz) take_sums(piece, read_only(to), piece.of(x), part.get());
       } else {
-        wide().apply(piece.tile, input, gradient, coefficients(piece));
-        if (residual.data) kernel().add_lines(piece.of(residual), gradient, lines, length);
+        const Lines<A> gradient = piece.in(more_memory.get());
+        if (output.data) kernel().widen_lines(piece.of(output), z, lines, length);
+        kernel().widen_lines(piece.of(dy), gradient, lines, length);
+        wide().differentiate(activation, read_only(z), read_only(gradient), gradient, lines, length);
+        if (dz.data) kernel().narrow_lines(read_only(gradient), piece.of(dz), lines, length);
+        if (sum_dz) {
+          kernel().widen_lines(piece.of(x), z, lines, length);
+          take_sums(piece, read_only(gradient), read_only(z), part.get());
+        }
       }
-      wide().differentiate(activation, gradient, lines, length);
-      kernel().multiply_lines(piece.of(dy), gradient, lines, length);
-      kernel().narrow_lines(read_only(gradient), piece.of(dz), lines, length);
-      if (!sum_dz) return;
-      wide().grad_sums(piece.tile, read_only(gradient), input, k.center + piece.channel, part.get(),
-                       part.get() + tile.channels);
-      add(piece, part.get(), sum_dz, sum_dz_x);
+      if (sum_dz) add(piece, part.get(), sum_dz, sum_dz_x);
     });
+  }
+
+  // In the type of T or in that of the arithmetic.
+  template <typename E>
+  void take_sums(const Piece& piece, Lines<const E> gradient, Lines<const E> input, double* sums) const {
+    kernels().of<E>().grad_sums(piece.tile, gradient, input, k.center + piece.channel, sums, sums + tile.channels);
   }
 
   std::unique_ptr<double[]> sums_memory(const double* wanted) const {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "../activation.h"
+#include "smooth.h"
 #include "tiles.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
@@ -25,9 +26,19 @@ struct Number {
 
   NORMOPS_INLINE friend Number operator/(const Number& a, const Number& b) { return {a.v / b.v}; }
 
-  NORMOPS_INLINE friend Number exp(const Number& z) { return {z.v.exp()}; }
-  NORMOPS_INLINE friend Number erf(const Number& z) { return {z.v.erf()}; }
-  NORMOPS_INLINE friend Number sigmoid(const Number& z) { return {Vec(A(1)) / (Vec(A(1)) + z.v.neg().exp())}; }
+  NORMOPS_INLINE friend Number exp(const Number& z) {
+    if constexpr (std::is_same_v<A, float>)
+      return {exponential(z.v)};
+    else
+      return {z.v.exp()};
+  }
+  NORMOPS_INLINE friend Number erf(const Number& z) {
+    if constexpr (std::is_same_v<A, float>)
+      return {error_function(z.v)};
+    else
+      return {z.v.erf()};
+  }
+  NORMOPS_INLINE friend Number sigmoid(const Number& z) { return {Vec(A(1)) / (exp(-z) + 1.0).v}; }
   NORMOPS_INLINE friend Number clamp(const Number& z, double least, double most) {
     return {at::vec::clamp(z.v, Vec(A(least)), Vec(A(most)))};
   }
@@ -36,70 +47,56 @@ struct Number {
   }
 };
 
-// f for the whole of lines that follow each other, or for line after line: f(first element, length).
+// f(line, length) for line after line, or for the whole of lines that follow each other.
 template <typename F>
-void for_lines(bool together, int64_t lines, int64_t length, F f) {
+NORMOPS_INLINE void for_lines(bool together, int64_t lines, int64_t length, F f) {
   if (together) {
-    f(int64_t(0), lines * length);
-    return;
+    length *= lines;
+    lines = 1;
   }
   for (int64_t line = 0; line < lines; ++line) f(line, length);
-}
-
-// z = f(z) for every number of the lines.
-template <typename A, typename F>
-NORMOPS_INLINE void transform(Lines<A> z, int64_t lines, int64_t length, F f) {
-  for_lines(z.stride == length, lines, length, [&](int64_t line, int64_t n) {
-    A* const data = z[line];
-    sweep<A>(n, [&](int64_t j, auto lanes, auto) {
-      Pack<A> pack = Pack<A>::load(data + j, lanes);
-      pack.part[0] = f(Number<A>{pack.part[0]}).v;
-      pack.store(data + j, lanes);
-    });
-  });
 }
 
 template <typename A>
 NORMOPS_KERNEL activate(const Activation& activation, Lines<A> z, int64_t lines, int64_t length) {
   with_activation(activation.kind, [&](auto f) {
-    transform(z, lines, length, [&](const Number<A>& v) { return f.value(v, activation.negative_slope); });
-  });
-}
-
-template <typename A>
-NORMOPS_KERNEL differentiate(const Activation& activation, Lines<A> z, int64_t lines, int64_t length) {
-  with_activation(activation.kind, [&](auto f) {
-    transform(z, lines, length, [&](const Number<A>& v) { return f.derivative(v, activation.negative_slope); });
-  });
-}
-
-// target = f(target, source)
-template <typename T, typename F>
-NORMOPS_INLINE void combine(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length, F f) {
-  for_lines(source.stride == length && target.stride == length, lines, length, [&](int64_t line, int64_t n) {
-    const T* const from = source[line];
-    Acc<T>* const to = target[line];
-    sweep<T>(n, [&](int64_t j, auto lanes, auto) {
-      store_natural<T>(f(to + j, lanes, Pack<T>::load(from + j, lanes)), to + j, lanes);
+    for_lines(z.stride == length, lines, length, [&](int64_t line, int64_t n) {
+      A* const data = z[line];
+      sweep<A>(n, [&](int64_t j, auto lanes, auto) {
+        Pack<A> pack = Pack<A>::load(data + j, lanes);
+        pack.part[0] = f.value(Number<A>{pack.part[0]}, activation.negative_slope).v;
+        pack.store(data + j, lanes);
+      });
     });
   });
 }
 
+// dz = dy * derivative(z)
+template <typename A>
+NORMOPS_KERNEL differentiate(const Activation& activation, Lines<const A> z, Lines<const A> dy, Lines<A> dz,
+                             int64_t lines, int64_t length) {
+  const bool together = z.stride == length && dy.stride == length && dz.stride == length;
+  with_activation(activation.kind, [&](auto f) {
+    for_lines(together, lines, length, [&](int64_t line, int64_t n) {
+      const A *const from = z[line], *const gradient = dy[line];
+      A* const to = dz[line];
+      sweep<A>(n, [&](int64_t j, auto lanes, auto) {
+        Pack<A> pack = Pack<A>::load(from + j, lanes);
+        pack.part[0] = f.derivative(Number<A>{pack.part[0]}, activation.negative_slope).v;
+        (Pack<A>::load(gradient + j, lanes) * pack).store(to + j, lanes);
+      });
+    });
+  });
+}
+
+// Of 16-bit types.
 template <typename T>
 NORMOPS_KERNEL widen_lines(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length) {
-  combine(source, target, lines, length, [](const Acc<T>*, auto, const Pack<T>& v) { return v; });
-}
-
-template <typename T>
-NORMOPS_KERNEL add_lines(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length) {
-  combine(source, target, lines, length,
-          [](const Acc<T>* to, auto lanes, const Pack<T>& v) { return load_natural<T>(to, lanes) + v; });
-}
-
-template <typename T>
-NORMOPS_KERNEL multiply_lines(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length) {
-  combine(source, target, lines, length,
-          [](const Acc<T>* to, auto lanes, const Pack<T>& v) { return load_natural<T>(to, lanes) * v; });
+  for_lines(source.stride == length && target.stride == length, lines, length, [&](int64_t line, int64_t n) {
+    sweep<T>(n, [&](int64_t j, auto lanes, auto) {
+      store_natural<T>(Pack<T>::load(source[line] + j, lanes), target[line] + j, lanes);
+    });
+  });
 }
 
 template <typename T>
@@ -107,6 +104,17 @@ NORMOPS_KERNEL narrow_lines(Lines<const Acc<T>> source, Lines<T> target, int64_t
   for_lines(source.stride == length && target.stride == length, lines, length, [&](int64_t line, int64_t n) {
     sweep<T>(n, [&](int64_t j, auto lanes, auto) {
       load_natural<T>(source[line] + j, lanes).store(target[line] + j, lanes);
+    });
+  });
+}
+
+// target = target + source
+template <typename T>
+NORMOPS_KERNEL add_lines(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length) {
+  for_lines(source.stride == length && target.stride == length, lines, length, [&](int64_t line, int64_t n) {
+    Acc<T>* const to = target[line];
+    sweep<T>(n, [&](int64_t j, auto lanes, auto) {
+      store_natural<T>(load_natural<T>(to + j, lanes) + Pack<T>::load(source[line] + j, lanes), to + j, lanes);
     });
   });
 }
@@ -139,6 +147,19 @@ struct Pieces {
     return dy;
   }
 };
+
+// z = (x - center) * scale + shift + residual
+template <typename T>
+NORMOPS_KERNEL pre_activation(const Tile& tile, Lines<const T> x, Lines<const T> residual, Lines<Acc<T>> z,
+                              const ForwardCoefficients<Acc<T>>& k) {
+  if (residual.data) {
+    map<T, 2, 3>(tile, {x, residual}, z, {k.center, k.scale, k.shift},
+                 [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]) + v[1]; });
+  } else {
+    map<T, 1, 3>(tile, {x}, z, {k.center, k.scale, k.shift},
+                 [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]); });
+  }
+}
 
 template <typename T>
 NORMOPS_KERNEL apply_linear(const Tile& tile, Lines<const T> x, Lines<const T> residual, Lines<T> y,
@@ -190,11 +211,12 @@ void fill_epilogue(Kernels<T>& kernels) {
   if constexpr (std::is_same_v<T, Acc<T>>) {
     kernels.activate = activate<T>;
     kernels.differentiate = differentiate<T>;
+  } else {
+    kernels.widen_lines = widen_lines<T>;
+    kernels.narrow_lines = narrow_lines<T>;
   }
-  kernels.widen_lines = widen_lines<T>;
   kernels.add_lines = add_lines<T>;
-  kernels.multiply_lines = multiply_lines<T>;
-  kernels.narrow_lines = narrow_lines<T>;
+  kernels.pre_activation = pre_activation<T>;
   kernels.apply_linear = apply_linear<T>;
   kernels.gate = gate<T>;
   kernels.gate_by_output = gate_by_output<T>;

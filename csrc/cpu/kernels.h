@@ -110,15 +110,19 @@ struct Kernels {
                      const BackwardCoefficients<Acc<T>>&);
   void (*scale)(const Tile&, Lines<const T> dy, Lines<T> dx, const Acc<T>* scale);  // with constant statistics
 
-  // The epilogue (epilogue.cpp), on lines of equal length. The first two only where T is a type of arithmetic.
-  void (*activate)(const Activation&, Lines<T> z, int64_t lines, int64_t length);       // in place
-  void (*differentiate)(const Activation&, Lines<T> z, int64_t lines, int64_t length);  // in place
+  // The epilogue (epilogue.cpp), on lines of equal length. The first two only where T is a type of arithmetic, the
+  // second two where it is not.
+  void (*activate)(const Activation&, Lines<T> z, int64_t lines, int64_t length);  // in place
+  void (*differentiate)(const Activation&, Lines<const T> z, Lines<const T> dy, Lines<T> dz, int64_t lines,
+                        int64_t length);  // dz = dy * derivative(z)
   void (*widen_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
-  void (*add_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
-  void (*multiply_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
   void (*narrow_lines)(Lines<const Acc<T>> source, Lines<T> target, int64_t lines, int64_t length);
-  // The same in one loop for activations that are linear in pieces; the data of the residual may be null. And the way
-  // back, dz from dy and from what came before the activation, or from its output.
+  void (*add_lines)(Lines<const T> source, Lines<Acc<T>> target, int64_t lines, int64_t length);
+  // Stage 3 up to the activation; the data of the residual may be null.
+  void (*pre_activation)(const Tile&, Lines<const T> x, Lines<const T> residual, Lines<Acc<T>> z,
+                         const ForwardCoefficients<Acc<T>>&);
+  // The same and the activation in one loop, if that is linear in pieces. And the way back, dz from dy and from what
+  // came before the activation, or from its output.
   void (*apply_linear)(const Tile&, Lines<const T> x, Lines<const T> residual, Lines<T> y,
                        const ForwardCoefficients<Acc<T>>&, const activations::LinearPieces&);
   void (*gate)(const Tile&, Lines<const T> dy, Lines<const T> x, Lines<T> dz, const ForwardCoefficients<Acc<T>>&,

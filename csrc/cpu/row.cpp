@@ -10,10 +10,10 @@
 #include <tuple>
 
 #include "../extras.h"
-#include "channel_epilogue.h"
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
+#include "row_epilogue.h"
 
 namespace normops::cpu {
 namespace {
@@ -94,63 +94,6 @@ at::Tensor sum_blocks(const Acc<T>* sums, int64_t blocks, int64_t stride, at::In
   return result;
 }
 
-// How many rows are taken at a time where one loop follows another: what is between them stays in the nearest cache.
-int64_t rows_together(int64_t length) { return std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, length)); }
-
-// f(first row, number of rows) for some rows at a time.
-template <typename F>
-void for_row_pieces(int64_t begin, int64_t end, int64_t length, const F& f) {
-  const int64_t step = rows_together(length);
-  for (int64_t row = begin; row < end; row += step) f(row, std::min(step, end - row));
-}
-
-template <typename T>
-Lines<T> from_row(const Lines<T>& rows, int64_t row) {
-  return {rows[row], rows.stride};
-}
-
-// Rows of T in the type of the arithmetic: as they lie, or widened into `memory`.
-template <typename T>
-Lines<const Acc<T>> wide_rows(Lines<const T> rows, Acc<T>* memory, int64_t count, int64_t length) {
-  if constexpr (std::is_same_v<T, Acc<T>>) {
-    return rows;
-  } else {
-    kernels().of<T>().widen_lines(rows, {memory, length}, count, length);
-    return {memory, length};
-  }
-}
-
-template <typename A>
-std::unique_ptr<A[]> row_memory(int64_t length) {
-  return std::unique_ptr<A[]>(new A[rows_together(length) * length]);
-}
-
-// y = activation(norm(x) + residual), by the plain kernels of the arithmetic's type and those of the epilogue.
-template <typename T>
-void forward_epilogue(const RowForward<Acc<T>>& layer, Lines<const T> x, Lines<T> y, Lines<const T> residual,
-                      const Activation& activation, int64_t begin, int64_t end) {
-  using A = Acc<T>;
-  constexpr bool kWide = std::is_same_v<T, A>;
-  const Kernels<T>& kernel = kernels().of<T>();
-  const Kernels<A>& wide = kernels().of<A>();
-  const int64_t length = layer.length;
-  const auto memory = kWide ? nullptr : row_memory<A>(length), wide_x = kWide ? nullptr : row_memory<A>(length);
-  for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
-    RowForward<A> part = layer;
-    part.x = wide_rows(from_row(x, row), wide_x.get(), count, length);
-    if constexpr (kWide)
-      part.y = from_row(y, row);
-    else
-      part.y = {memory.get(), length};
-    part.mean += row;
-    part.rstd += row;
-    wide.row_forward(part, 0, count);
-    if (residual.data) kernel.add_lines(from_row(residual, row), part.y, count, length);
-    if (activation) wide.activate(activation, part.y, count, length);
-    if constexpr (!kWide) kernel.narrow_lines(read_only(part.y), from_row(y, row), count, length);
-  });
-}
-
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered, const OptionalTensor& residual,
                   OptionalName activation, double negative_slope, double weight_offset) {
@@ -219,68 +162,13 @@ Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64
                                     rstd.mutable_data_ptr<double>()};
     const Kernels<scalar_t>& kernel = kernels().of<scalar_t>();
     parallel(rows, length, [&](int64_t begin, int64_t end) {
-      for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
+      for_row_pieces(begin, end, rows_together(length), [&](int64_t row, int64_t count) {
         kernel.sum_lines(from_row(first, row), from_row(second, row), from_row(to, row), count, length);
         kernel.row_forward(args, row, row + count);
       });
     });
   });
   return {output, sum, mean, rstd};
-}
-
-// What the backward of rows needs beside the layer where an activation follows it.
-template <typename T>
-struct RowEpilogue {
-  Activation activation;
-  RowForward<Acc<T>> layer;  // makes anew what the activation was applied to
-  Lines<const T> residual, output;
-  Lines<T> grad_residual;
-};
-
-// The plain backward of the arithmetic's type, with the gradient before the activation in the place of dy.
-template <typename T>
-void backward_epilogue(const RowBackward<Acc<T>>& layer, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
-                       const RowEpilogue<T>& e, int64_t begin, int64_t end) {
-  using A = Acc<T>;
-  constexpr bool kWide = std::is_same_v<T, A>;
-  const Kernels<T>& kernel = kernels().of<T>();
-  const Kernels<A>& wide = kernels().of<A>();
-  const int64_t length = layer.length, most = rows_together(length);
-  const auto memory = row_memory<A>(length), wide_x = kWide ? nullptr : row_memory<A>(length);
-  const auto wide_dx = kWide ? nullptr : row_memory<A>(length);  // the kernel reads dz again after it has written dx
-  const std::unique_ptr<double[]> statistics(new double[2 * most]);
-  for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
-    const Lines<A> dz{memory.get(), length};
-    RowBackward<A> part = layer;
-    part.x = wide_rows(from_row(x, row), wide_x.get(), count, length);
-    if (e.output.data) {
-      kernel.widen_lines(from_row(e.output, row), dz, count, length);
-    } else {
-      RowForward<A> anew = e.layer;
-      anew.x = part.x;
-      anew.y = dz;
-      anew.mean = statistics.get();
-      anew.rstd = statistics.get() + most;
-      wide.row_forward(anew, 0, count);
-      if (e.residual.data) kernel.add_lines(from_row(e.residual, row), dz, count, length);
-    }
-    wide.differentiate(e.activation, dz, count, length);
-    kernel.multiply_lines(from_row(dy, row), dz, count, length);
-    if (e.grad_residual.data) kernel.narrow_lines(read_only(dz), from_row(e.grad_residual, row), count, length);
-    part.dy = read_only(dz);
-    if (dx.data) {
-      if constexpr (kWide)
-        part.dx = from_row(dx, row);
-      else
-        part.dx = {wide_dx.get(), length};
-    }
-    part.mean += row;
-    part.rstd += row;
-    wide.row_backward(part, 0, count);
-    if constexpr (!kWide) {
-      if (dx.data) kernel.narrow_lines(read_only(part.dx), from_row(dx, row), count, length);
-    }
-  });
 }
 
 Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
@@ -365,7 +253,7 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
         kernel.row_backward(args, begin, end);
         return;
       }
-      for_row_pieces(begin, end, length, [&](int64_t row, int64_t count) {
+      for_row_pieces(begin, end, rows_together_backward(length), [&](int64_t row, int64_t count) {
         kernel.row_backward(args, row, row + count);
         kernel.sum_lines(read_only(from_row(to, row)), from_row(summand, row), from_row(to, row), count, length);
       });

@@ -111,16 +111,20 @@ void for_blocks(const Tile& tile, F f) {
 }
 
 // out = f(values, coefficients) for every pack of the tile: `values` from each of the inputs, `coefficients` from
-// each of the arrays, which hold one value per channel.
-template <typename T, int kInputs, int kArrays, typename F>
-void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<T> out,
+// each of the arrays, which hold one value per channel. `out` is of the inputs' type or of the arithmetic's.
+template <typename T, int kInputs, int kArrays, typename Out, typename F>
+void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> out,
          const Acc<T>* const (&arrays)[kArrays], F f) {
-  const auto run = [&](const T* const(&from)[kInputs], T* to, int64_t length, auto load) {
+  const auto run = [&](const T* const(&from)[kInputs], Out* to, int64_t length, auto load) {
     sweep<T, 2>(length, [&](int64_t j, auto lanes, auto) {
       Pack<T> values[kInputs], coefficients[kArrays];
       for (int i = 0; i < kInputs; ++i) values[i] = Pack<T>::load(from[i] + j, lanes);
       for (int k = 0; k < kArrays; ++k) coefficients[k] = load(k, j);
-      f(values, coefficients).store(to + j, lanes);
+      const Pack<T> result = f(values, coefficients);
+      if constexpr (std::is_same_v<Out, T>)
+        result.store(to + j, lanes);
+      else
+        store_natural<T>(result, to + j, lanes);
     });
   };
   const T* from[kInputs];

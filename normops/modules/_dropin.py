@@ -17,37 +17,44 @@ class DropIn(torch.nn.Module):
         return printed(super().__repr__()) if type(self).__module__.startswith("normops.") else super().__repr__()
 
 
-class WithEpilogue(DropIn):
-    """A layer that may end with an activation.
+_OPTIONS = ("activation", "negative_slope", "memory_efficient")
 
-    ``activation`` and ``negative_slope`` are options of the constructor, printed where they are not as by default and
-    no part of the ``state_dict``. They are attributes of the class otherwise, so that converted and unpickled layers
-    have them.
+
+class WithEpilogue(DropIn):
+    """A layer that may end with an activation, and whose backward may start from its output.
+
+    ``activation``, ``negative_slope`` and ``memory_efficient`` are options of the constructor, printed where they are
+    not as by default and no part of the ``state_dict``. They are attributes of the class otherwise, so that converted
+    and unpickled layers have them.
     """
 
     activation: str | None = None
     negative_slope: float = _activations.DEFAULT_SLOPE
+    memory_efficient: bool = False
 
     def __init__(
         self,
         *args: Any,
         activation: str | None = None,
         negative_slope: float = _activations.DEFAULT_SLOPE,
+        memory_efficient: bool = False,
         **kwargs: Any,
     ) -> None:
-        _activations.check(type(self).__name__, activation, negative_slope)
+        _activations.check(type(self).__name__, activation, negative_slope, memory_efficient)
         super().__init__(*args, **kwargs)
         if activation is not None:
             self.activation = activation
         if negative_slope != _activations.DEFAULT_SLOPE:
             self.negative_slope = negative_slope
+        if memory_efficient:
+            self.memory_efficient = memory_efficient
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """What TorchScript wants to know; what is said of the constructor: the torch layer's arguments, and these."""
         super().__init_subclass__(**kwargs)
         constants = {name for base in cls.__mro__ for name in base.__dict__.get("__constants__", ())}
         cls.__constants__ = sorted(  # type: ignore[attr-defined]
-            constants | {"activation", "negative_slope"}
+            constants | set(_OPTIONS)
         )
         if "__init__" in cls.__dict__:
             parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
@@ -55,7 +62,7 @@ class WithEpilogue(DropIn):
             base = next(base for base in cls.__mro__ if not base.__module__.startswith("normops."))
             own = inspect.signature(WithEpilogue.__init__).parameters
             theirs = [p for p in inspect.signature(base).parameters.values() if p.name not in own]
-            parameters = [*theirs, *(own[name] for name in ("activation", "negative_slope"))]
+            parameters = [*theirs, *(own[name] for name in _OPTIONS)]
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
@@ -64,6 +71,8 @@ class WithEpilogue(DropIn):
             options.append(f"activation={self.activation!r}")
         if self.negative_slope != _activations.DEFAULT_SLOPE:
             options.append(f"negative_slope={self.negative_slope}")
+        if self.memory_efficient:
+            options.append("memory_efficient=True")
         return ", ".join(filter(None, options))
 
 

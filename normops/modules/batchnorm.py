@@ -60,6 +60,7 @@ class _BatchNormForward(WithEpilogue, torch.nn.modules.batchnorm._BatchNorm):
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
 

@@ -52,6 +52,7 @@ class _InstanceNormForward(WithEpilogue, torch.nn.modules.instancenorm._Instance
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
 

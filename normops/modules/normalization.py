@@ -32,6 +32,7 @@ class LayerNorm(WithEpilogue, torch.nn.LayerNorm):
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
 
@@ -71,8 +72,13 @@ class LayerNorm2d(LayerNorm):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "memory_efficient": memory_efficient,
+        }
         super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype, **options)
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,6 +97,7 @@ class LayerNorm2d(LayerNorm):
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
 
@@ -108,6 +115,7 @@ class RMSNorm(WithEpilogue, torch.nn.RMSNorm):
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
 
@@ -126,6 +134,7 @@ class GroupNorm(WithEpilogue, torch.nn.GroupNorm):
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
 

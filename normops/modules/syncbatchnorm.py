@@ -167,7 +167,8 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
     Shape: input and output :math:`(N, C, *)`. The output keeps the memory format and dtype of the input.
 
     Args:
-        activation, negative_slope: as of all layers; with several ranks, computed after the layer.
+        activation, negative_slope, memory_efficient: as of all layers; with several ranks, the first two are computed
+            after the layer, and the input is kept in any case.
         process_group: the ranks to join; ``None``: all of them. The others are those of :class:`torch.nn.BatchNorm2d`.
 
     Raises:
@@ -192,7 +193,7 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
         process_group: dist.ProcessGroup | None = None,
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
-        **kwargs: Any,  # activation, negative_slope; bias, where torch has it
+        **kwargs: Any,  # activation, negative_slope, memory_efficient; bias, where torch has it
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.process_group = process_group

@@ -1,0 +1,241 @@
+"""``python -m bench accuracy``: errors against float64 of every function with whatever may follow it in the same pass,
+beside those of torch's separate operators."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from rich.table import Table
+from torch import Tensor
+
+from bench.cases import DTYPES, LAYOUTS
+from bench.command import finish, make_console
+from bench.machine import environment, results_folder
+from normops import _activations, compilation
+from normops import functional as F
+
+SLOPE = 0.2
+SHAPE = (8, 32, 14, 14)
+CHANNELS = {"weight": (SHAPE[1],), "bias": (SHAPE[1],)}
+ROWS = {"weight": SHAPE[-1:], "bias": SHAPE[-1:]}
+
+
+@dataclass(frozen=True)
+class Function:
+    name: str
+    parameters: dict[str, tuple[int, ...]]
+    fixed: dict[str, Any]
+
+    @property
+    def sums(self) -> bool:
+        """Whether it adds first, and returns the sum as well."""
+        return self.name.startswith("add_")
+
+
+def _rows(name: str, *parameters: str) -> Function:
+    return Function(name, {key: ROWS[key] for key in parameters}, {"normalized_shape": SHAPE[-1:]})
+
+
+FUNCTIONS = {
+    "batch_norm": Function("batch_norm", CHANNELS, {"running_mean": None, "running_var": None, "training": True}),
+    "batch_norm_eval": Function("batch_norm", CHANNELS, {"running_mean": SHAPE[1], "running_var": SHAPE[1]}),
+    "instance_norm": Function("instance_norm", CHANNELS, {}),
+    "group_norm": Function("group_norm", CHANNELS, {"num_groups": 4}),
+    "layer_norm": _rows("layer_norm", "weight", "bias"),
+    "rms_norm": _rows("rms_norm", "weight"),
+    "add_layer_norm": _rows("add_layer_norm", "weight", "bias"),
+    "add_rms_norm": _rows("add_rms_norm", "weight"),
+}
+RESULTS = ["output", "dx", "dresidual", "dparameters"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    function: str
+    activation: str | None
+    residual: bool
+    dtype: str
+    layout: str
+    mean: float = 0.0  # of the data, whose standard deviation is one
+    scale: float = 1.0  # of the data
+
+
+def cells(
+    functions: Sequence[str],
+    activations: Sequence[str | None],
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    means: Sequence[float],
+    scales: Sequence[float],
+) -> Iterator[Cell]:
+    for name, *rest in product(functions, activations, (False, True), dtypes, layouts, means, scales):
+        cell = Cell(name, *rest)
+        if not FUNCTIONS[name].sums or (cell.activation is None and cell.residual):
+            yield cell
+
+
+@dataclass
+class Errors:
+    """Relative to the largest value of each result."""
+
+    cell: Cell
+    normops: dict[str, float]
+    torch: dict[str, float]
+
+
+def separate(name: str, input: Tensor, *, activation=None, negative_slope=SLOPE, residual=None, **arguments) -> Any:
+    """Torch's operators one after the other, each rounding to the dtype of the input."""
+    if name.startswith("add_"):
+        total = input + residual
+        return getattr(TF, name.removeprefix("add_"))(total, **arguments), total
+    y = getattr(TF, name)(input, **arguments)
+    return _activations.apply(y if residual is None else y + residual, activation, negative_slope)
+
+
+def _ours(name: str, input: Tensor, **arguments: Any) -> Any:
+    return getattr(F, name)(input, **arguments)
+
+
+def measure(cell: Cell) -> Errors:
+    function = FUNCTIONS[cell.function]
+    torch.manual_seed(0)
+    dtype = getattr(torch, cell.dtype)
+    memory_format = torch.contiguous_format if cell.layout == "contiguous" else torch.channels_last
+
+    def tensor(values: Tensor) -> Tensor:
+        return values.to(dtype, memory_format=memory_format)
+
+    tensors = {"input": tensor((torch.randn(SHAPE) + cell.mean) * cell.scale)}
+    if cell.residual:
+        tensors["residual"] = tensor(torch.randn(SHAPE) * (cell.scale if function.sums else 1))
+    tensors |= {key: (torch.rand(shape) + 0.5).to(dtype) for key, shape in function.parameters.items()}
+    # A statistic that is given is described by its size.
+    fixed = {
+        key: torch.rand(value).to(dtype) + 0.5 if key.startswith("running_") and value else value
+        for key, value in function.fixed.items()
+    }
+    if cell.activation is not None:
+        fixed["activation"] = cell.activation
+    if cell.activation == "leaky_relu":
+        fixed["negative_slope"] = SLOPE
+    if function.name.endswith("rms_norm"):
+        fixed["eps"] = 1e-6
+    grads = [tensor(torch.randn(SHAPE)) for _ in range(2 if function.sums else 1)]
+
+    def results(compute: Callable[..., Any], kind: torch.dtype) -> dict[str, list[Tensor]]:
+        def convert(value):
+            return value.to(kind) if isinstance(value, torch.Tensor) else value
+
+        leaves = {key: convert(value.detach()).requires_grad_() for key, value in tensors.items()}
+        output = compute(function.name, **leaves, **{key: convert(value) for key, value in fixed.items()})
+        outputs = output if function.sums else (output,)
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), [convert(grad) for grad in grads])
+        by_name = dict(zip(leaves, gradients, strict=True))
+        return {
+            "output": [output.detach() for output in outputs],
+            "dx": [by_name["input"]],
+            "dresidual": [by_name["residual"]] if cell.residual else [],
+            "dparameters": [by_name[key] for key in function.parameters],
+        }
+
+    exact = results(compose, torch.float64)
+
+    def errors(compute: Callable[..., Any]) -> dict[str, float]:
+        return {
+            name: max(
+                ((value.double() - reference).abs().max() / reference.abs().max()).item()
+                for value, reference in zip(values, exact[name], strict=True)
+            )
+            for name, values in results(compute, dtype).items()
+            if values
+        }
+
+    return Errors(cell, errors(_ours), errors(separate))
+
+
+def compose(name: str, input: Tensor, **arguments: Any) -> Any:
+    """The function in torch's operators, in the arithmetic of its input."""
+    order = {
+        "batch_norm": ("running_mean", "running_var", "weight", "bias", "training"),
+        "instance_norm": ("running_mean", "running_var", "weight", "bias"),
+        "group_norm": ("num_groups", "weight", "bias", "eps"),
+    }.get(name, ("residual",) * name.startswith("add_") + ("normalized_shape", "weight", "bias", "eps"))
+    if name.endswith("rms_norm"):
+        order = tuple(key for key in order if key != "bias")
+    defaults = {"training": False, "eps": 1e-5}
+    positional = [arguments.pop(key, defaults.get(key)) for key in order]
+    return compilation.decomposed(name, input, *positional, **arguments)
+
+
+def largest(errors: Iterable[Errors], who: str) -> dict[str, float]:
+    """Of every result."""
+    found: dict[str, float] = {}
+    for error in errors:
+        for name, value in getattr(error, who).items():
+            found[name] = max(found.get(name, 0.0), value)
+    return found
+
+
+def table(errors: Sequence[Errors], by: str, dtype: str) -> Table:
+    """The largest errors of one dtype, in units of its machine epsilon, normops' and torch's."""
+    unit = torch.finfo(getattr(torch, dtype)).eps
+    result = Table("", *RESULTS, title=f"{dtype}: largest errors in units of {unit:.3g}, normops | torch")
+    groups: dict[str, list[Errors]] = {}
+    for error in errors:
+        if error.cell.dtype == dtype:
+            groups.setdefault(str(getattr(error.cell, by)), []).append(error)
+    groups["largest"] = [error for group in groups.values() for error in group]
+    for name, group in groups.items():
+        ours, theirs = largest(group, "normops"), largest(group, "torch")
+        row = [f"{ours[key] / unit:.2f} | {theirs[key] / unit:.2f}" if key in ours else "" for key in RESULTS]
+        result.add_row(name, *row)
+    return result
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench accuracy",
+        description="Errors of every function with every activation, with and without a residual, in every dtype and "
+        "layout, against torch in float64, beside the errors of torch's separate operators. Prints the largest of each "
+        "function and of each activation, and writes all of them (accuracy.json).",
+    )
+    activations = ["none", *_activations.FUNCTIONS]
+    for name, choices in {
+        "functions": list(FUNCTIONS),
+        "activations": activations,
+        "dtypes": DTYPES,
+        "layouts": LAYOUTS,
+    }.items():
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=choices, default=choices, metavar=name.upper(), help="default: all"
+        )
+    parser.add_argument("--means", nargs="+", type=float, default=[0.0], help="of the data, in standard deviations")
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the data")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/accuracy"), help="folder for accuracy.json")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    console, start = make_console(), time.perf_counter()
+    chosen = [None if name == "none" else name for name in arguments.activations]
+    what = arguments.functions, chosen, arguments.dtypes, arguments.layouts, arguments.means, arguments.scales
+    errors = [measure(cell) for cell in cells(*what)]
+    for dtype, by in product(arguments.dtypes, ("function", "activation")):
+        console.print(table(errors, by, dtype))
+    folder, instead = results_folder(arguments.output)
+    if instead:
+        console.print(instead)
+    data = {"environment": environment(), "errors": [asdict(error) for error in errors]}
+    (folder / "accuracy.json").write_text(json.dumps(data, indent=1))
+    worst = max(errors, key=lambda e: max(e.normops[key] / max(e.torch[key], 1e-300) for key in e.normops))
+    ratio = max(worst.normops[key] / max(worst.torch[key], 1e-300) for key in worst.normops)
+    verdict = [f"{len(errors)} cells; largest error relative to torch's: {ratio:.2f} times ({worst.cell})"]
+    return finish(console, folder, start, verdict, [], doubtful=False)

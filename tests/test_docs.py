@@ -1,9 +1,11 @@
 """What the pages and the README say: their code runs, their links lead somewhere, their lists are complete."""
 
 import ast
+import linecache
 import re
 import subprocess
 import sys
+import types
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -31,16 +33,18 @@ def blocks(path, language):
 
 
 @pytest.mark.parametrize("path", [path for path in TEXTS if blocks(path, "python")], ids=name)
-def test_python(path):
-    """The blocks of a page, one after the other."""
+def test_python(path, monkeypatch):
+    """The blocks of a page, one after the other, as the lines of a module: compilers look for both."""
     torch._dynamo.reset()
     normops.fusion_report(clear=True)
-    scope = {"__name__": "page"}
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
     for number, text in enumerate(blocks(path, "python")):
-        # Classes look for their source when they are compiled.
+        file = f"{path.name}, block {number}"
+        monkeypatch.setitem(linecache.cache, file, (len(text), None, text.splitlines(keepends=True), file))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            exec(compile(text, f"{path.name}, block {number}", "exec"), scope)
+            exec(compile(text, file, "exec"), module.__dict__)
 
 
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

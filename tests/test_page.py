@@ -174,6 +174,19 @@ def test_two_runs_compared(tmp_path):
     assert "cannot be compared" in html
 
 
+def test_accuracy_and_memory(tmp_path):
+    """Of ``python -m bench accuracy`` and ``memory``."""
+    cell = {"function": "rms_norm", "activation": "silu", "residual": True, "dtype": "float32", "layout": "contiguous"}
+    errors = [{"cell": cell, "normops": {"output": 1.5e-7}, "torch": {"output": 2.5e-6}}]
+    folder = write(tmp_path / "run", "accuracy.json", errors=errors)
+    write(
+        folder, "memory.json", bytes={"Net": {"torch": 3 * 2**20, "memory_efficient": 2**20}, "Other": {"torch": 2**20}}
+    )
+    _, markdown, _ = made(tmp_path, folder)
+    assert "rms_norm + silu + residual" in markdown and "1.5e-07" in markdown and "2.5e-06" in markdown
+    assert "| Net | 3.0 | 1.0 |" in markdown
+
+
 def test_threads(tmp_path):
     for number in (1, 2):
         environment = {**ENVIRONMENT, "cpu threads": f"{number} used"}

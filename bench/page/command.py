@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench report",
         description="Makes one page of recorded runs: report.html, which needs nothing outside of itself, and "
-        "report.md with its drawings beside it. A run is a folder with results.json, models.json or experiments.json, "
-        "as the other commands write it.",
+        "report.md with its drawings beside it. A run is a folder with results.json, models.json, accuracy.json, "
+        "memory.json or experiments.json, as the other commands write it.",
     )
     parser.add_argument(
         "runs",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-FILES = ("results.json", "models.json", "experiments.json")
+FILES = ("results.json", "models.json", "accuracy.json", "memory.json", "experiments.json")
 HEADLINE = ("cold", "default")
 EARLIER = ("warm", "recycled")  # what runs of format 1 have measured, and do not say
 
@@ -61,6 +61,7 @@ class Run:
     training: list[Mapping] = field(default_factory=list)
     models: list[Mapping] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, Mapping[str, int]] = field(default_factory=dict)  # bytes, by model and form of it
     experiments: dict[str, Mapping] = field(default_factory=dict)
     raw: Mapping = field(default_factory=dict)  # of results.json
     label: str = ""  # the name without what all have in common
@@ -127,6 +128,13 @@ def _fill(run: Run, data: Mapping) -> None:
     run.training = data.get("training", [])
 
 
+def _as_case(error: Mapping) -> Mapping:
+    """An error of ``python -m bench accuracy`` in the form of those of the layers."""
+    cell = error["cell"]
+    parts = [cell["function"], cell.get("activation"), "residual" if cell.get("residual") else None]
+    return {**error, "case": {**cell, "layer": " + ".join(filter(None, parts))}}
+
+
 def read_run(folder: Path) -> Run | None:
     """None where there is nothing recorded.
 
@@ -145,6 +153,10 @@ def read_run(folder: Path) -> Run | None:
                 _fill(run, data)
             elif name == "models.json":
                 run.models, run.failed = data.get("models", []), data.get("failed", {})
+            elif name == "memory.json":
+                run.memory = data.get("bytes", {})
+            elif name == "accuracy.json":
+                run.accuracy = [*run.accuracy, *map(_as_case, data.get("errors", []))]
             else:
                 run.experiments = data.get("experiments", {})
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

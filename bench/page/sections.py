@@ -222,6 +222,15 @@ def memory(runs: list[Run]) -> Section:
                     for side in ("torch", "normops", "fused")
                 ]
                 rows.append([timing["model"], run.label, *cells])
+    for run in runs:
+        names = list(dict.fromkeys(name for found in run.memory.values() for name in found))
+        forms = [
+            [model, *(number(found[name] / 2**20 if name in found else None, ",.1f") for name in names)]
+            for model, found in run.memory.items()
+        ]
+        if forms:
+            caption = f"{run.label}: peak of a training step beyond what it began with"
+            section.blocks.append(Table(["model", *(f"{name} MiB" for name in names)], forms, caption))
     if rows:
         section.blocks.append(Table(["model", "run", "torch MiB", "normops MiB", "fused MiB"], rows, "Peak of a step"))
     rows = []

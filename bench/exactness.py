@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.cases import DTYPES, LAYOUTS
 from bench.command import finish, make_console
 from bench.machine import environment, results_folder
+from bench.tables import environment_table, make_table, write_markdown
 from normops import _activations, compilation
 from normops import functional as F
 
@@ -164,12 +165,12 @@ def compose(name: str, input: Tensor, **arguments: Any) -> Any:
     """The function in torch's operators, in the arithmetic of its input."""
     order = {
         "batch_norm": ("running_mean", "running_var", "weight", "bias", "training"),
-        "instance_norm": ("running_mean", "running_var", "weight", "bias"),
+        "instance_norm": ("running_mean", "running_var", "weight", "bias", "use_input_stats"),
         "group_norm": ("num_groups", "weight", "bias", "eps"),
     }.get(name, ("residual",) * name.startswith("add_") + ("normalized_shape", "weight", "bias", "eps"))
     if name.endswith("rms_norm"):
         order = tuple(key for key in order if key != "bias")
-    defaults = {"training": False, "eps": 1e-5}
+    defaults = {"training": False, "use_input_stats": True, "eps": 1e-5}
     positional = [arguments.pop(key, defaults.get(key)) for key in order]
     return compilation.decomposed(name, input, *positional, **arguments)
 
@@ -186,7 +187,8 @@ def largest(errors: Iterable[Errors], who: str) -> dict[str, float]:
 def table(errors: Sequence[Errors], by: str, dtype: str) -> Table:
     """The largest errors of one dtype, in units of its machine epsilon, normops' and torch's."""
     unit = torch.finfo(getattr(torch, dtype)).eps
-    result = Table("", *RESULTS, title=f"{dtype}: largest errors in units of {unit:.3g}, normops | torch")
+    title = f"{dtype}, by {by}: largest errors in units of {unit:.3g}, normops and torch"
+    result = make_table(title, by, *(f"{name}, {who}" for name in RESULTS for who in ("normops", "torch")))
     groups: dict[str, list[Errors]] = {}
     for error in errors:
         if error.cell.dtype == dtype:
@@ -194,7 +196,7 @@ def table(errors: Sequence[Errors], by: str, dtype: str) -> Table:
     groups["largest"] = [error for group in groups.values() for error in group]
     for name, group in groups.items():
         ours, theirs = largest(group, "normops"), largest(group, "torch")
-        row = [f"{ours[key] / unit:.2f} | {theirs[key] / unit:.2f}" if key in ours else "" for key in RESULTS]
+        row = [f"{who[key] / unit:.2f}" if key in who else "" for key in RESULTS for who in (ours, theirs)]
         result.add_row(name, *row)
     return result
 
@@ -204,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench accuracy",
         description="Errors of every function with every activation, with and without a residual, in every dtype and "
         "layout, against torch in float64, beside the errors of torch's separate operators. Prints the largest of each "
-        "function and of each activation, and writes all of them (accuracy.json).",
+        "function and of each activation, and writes all of them (accuracy.json, accuracy.md).",
     )
     activations = ["none", *_activations.FUNCTIONS]
     for name, choices in {
@@ -228,14 +230,27 @@ def main(argv: list[str]) -> int:
     chosen = [None if name == "none" else name for name in arguments.activations]
     what = arguments.functions, chosen, arguments.dtypes, arguments.layouts, arguments.means, arguments.scales
     errors = [measure(cell) for cell in cells(*what)]
-    for dtype, by in product(arguments.dtypes, ("function", "activation")):
-        console.print(table(errors, by, dtype))
+    tables = [table(errors, by, dtype) for dtype, by in product(arguments.dtypes, ("function", "activation"))]
+    for each in tables:
+        console.print(each, "")
     folder, instead = results_folder(arguments.output)
     if instead:
         console.print(instead)
     data = {"environment": environment(), "errors": [asdict(error) for error in errors]}
-    (folder / "accuracy.json").write_text(json.dumps(data, indent=1))
-    worst = max(errors, key=lambda e: max(e.normops[key] / max(e.torch[key], 1e-300) for key in e.normops))
-    ratio = max(worst.normops[key] / max(worst.torch[key], 1e-300) for key in worst.normops)
-    verdict = [f"{len(errors)} cells; largest error relative to torch's: {ratio:.2f} times ({worst.cell})"]
+    (folder / "accuracy.json").write_text(json.dumps(data))
+    verdict = [f"{len(errors)} cells. The reference is torch in float64, whose own errors are not known."]
+    ratios = [
+        (
+            error.normops[name] / max(error.torch[name], torch.finfo(getattr(torch, error.cell.dtype)).eps / 2),
+            name,
+            error,
+        )
+        for error in errors
+        for name in error.normops
+        if error.cell.dtype != "float64"
+    ]
+    if ratios:
+        ratio, name, error = max(ratios, key=lambda found: found[0])
+        verdict.append(f"Largest error relative to torch's, or half a unit: {ratio:.2f} times, {name} of {error.cell}")
+    write_markdown(folder / "accuracy.md", "Errors", verdict, [environment_table(environment()), *tables], [])
     return finish(console, folder, start, verdict, [], doubtful=False)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.table import Table
 from torch import nn
 
 import normops
@@ -17,6 +16,8 @@ from bench.command import finish, make_console
 from bench.machine import environment, results_folder
 from bench.models.step import Step, peak_memory
 from bench.models.zoo import Model, dynunet
+from bench.tables import environment_table, make_table, write_markdown
+from normops import backend
 
 MIB = 2**20
 
@@ -41,6 +42,7 @@ COLUMNS = ["torch", "converted", "fused", "memory_efficient"]
 
 def forms(model: Model) -> dict[str, nn.Module]:
     """The same model four times."""
+    backend.register()
     plain = model.make()
     converted = normops.convert(copy.deepcopy(plain))
     efficient = normops.convert(copy.deepcopy(plain), memory_efficient=True)
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("bench/results/memory"), help="folder for memory.json")
     arguments = parser.parse_args(argv)
     console, start = make_console(), time.perf_counter()
-    table = Table("model", *COLUMNS, title="Highest memory of a training step beyond what it began with, MiB")
+    table = make_table("Highest memory of a training step beyond what it began with, MiB", "model", *COLUMNS)
     found = {}
     for model in MODELS:
         if model.name in arguments.models:
@@ -83,4 +85,5 @@ def main(argv: list[str]) -> int:
     if instead:
         console.print(instead)
     (folder / "memory.json").write_text(json.dumps({"environment": environment(), "bytes": found}, indent=1))
+    write_markdown(folder / "memory.md", "Memory", [], [environment_table(environment()), table], [])
     return finish(console, folder, start, [], [], doubtful=False)

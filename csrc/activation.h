@@ -96,8 +96,10 @@ struct GELUTanh : WithInput {
   NORMOPS_FORMULA distribution(const V& z) { return sigmoid(z * (z * z * kCubic + 1.0) * kSlope); }
   NORMOPS_FORMULA value(const V& z, double) { return z * distribution(z); }
   NORMOPS_FORMULA derivative(const V& z, double) {
-    const V s = distribution(z), near = clamp(z, -20, 20);  // beyond, the second term is zero and its factors large
-    return s + near * s * (1.0 - s) * (near * near * (3 * kCubic) + 1.0) * kSlope;
+    const V near = clamp(z, -8, 8);  // beyond, the second term is zero and its factors large
+    const V u = near * (near * near * kCubic + 1.0) * kSlope, s = sigmoid(u);
+    const V rest = exp(-u) * s;  // 1 - s, of which a difference would lose the digits that its factors make large
+    return s + near * s * rest * (near * near * (3 * kCubic) + 1.0) * kSlope;
   }
 };
 

@@ -18,7 +18,8 @@ class set_compile_mode:
     - ``"auto"``, the default: for each layer what was faster in training steps and in inference of compiled models.
       ``batch_norm`` is left to the compiler, as its second half goes into whatever follows it, and without
       statistics to take it is nothing else; so is ``instance_norm`` where gradients are recorded. The others are
-      kernels: between matrix products, or with an activation behind them, fusing gained no more than the kernel did.
+      kernels: between matrix products, or with an activation behind them, fusing gained no more than the kernel did;
+      and so is everything with ``memory_efficient=True``.
       An exported program has kernels only.
     - ``"kernel"``: one operator per layer, computed by the kernels as without a compiler.
     - ``"decompose"``: the operations of torch's own function, in the type of the arithmetic (float32, or float64 for
@@ -56,11 +57,14 @@ def _set(mode: str) -> None:
     current = mode
 
 
-def decomposes(name: str) -> bool:
-    """Whether the function of this name, which a compiler is looking at, is torch's own to it."""
+def decomposes(name: str, memory_efficient: bool = False) -> bool:
+    """Whether the function of this name, which a compiler is looking at, is torch's own to it.
+
+    Torch's knows no ``memory_efficient``, which the backend "normops" keeps."""
     # What torch.compiler.is_exporting() returns; to the Dynamo of torch 2.11 that is always true.
     if current == "auto" and not torch.compiler._is_exporting_flag:
-        return name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
+        left = name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
+        return left and not memory_efficient
     return current == "decompose"
 
 

@@ -30,7 +30,7 @@ the input is left in the output, it is kept channel by channel (in the row layer
 weight is next to zero or less than a quarter of the bias, and with ``"elu"`` where an output is nearer to -1 than
 1/256; with ``"elu"`` in 16-bit types it is kept as a whole. The output must not be changed in place, which raises an
 error in the backward. ``torch.compile``, which decides itself what is saved and what is computed anew, takes no notice
-of it, nor do ``torch.func`` and forward-mode AD.
+of it (but with ``backend="normops"``), nor do ``torch.func`` and forward-mode AD.
 
 ``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
 be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in
@@ -80,7 +80,7 @@ _FUSED = {op: op.overloadpacket.fused for op in (_batch_norm, _group_norm, _inst
 
 
 def _call(op: Any, *args: Any, **extras: Any) -> Any:
-    if torch.compiler.is_compiling() and compilation.decomposes(op._opname):
+    if torch.compiler.is_compiling() and compilation.decomposes(op._opname, "memory_efficient" in extras):
         return compilation.decomposed(op._opname, *args, **extras)
     if extras:
         op = _FUSED.get(op, op)

@@ -13,7 +13,7 @@ for library in "matplotlib", "rich", "sklearn":
 # ruff: noqa: E402
 from bench import exactness, memory
 from bench.models.zoo import Model
-from normops import _activations, backend
+from normops import _activations
 
 
 def test_cells():
@@ -63,7 +63,6 @@ def test_all_activations_are_measured():
 
 def test_memory_of_four_forms():
     """Of two layers with an activation behind them, which convolutions follow."""
-    backend.register()
 
     def build():
         layers = ((nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.LeakyReLU(0.1)) for _ in range(3))

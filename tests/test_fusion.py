@@ -61,7 +61,8 @@ def test_values_are_those_of_torch(activation):
 def test_functions_are_exact_to_rounding(activation, dtype):
     """The functions themselves: a norm that does nothing, float32 against the reference in float64.
 
-    exp is within 1 unit in the last place and followed by at most three more operations: two units of z, or of one.
+    exp is within 1 unit in the last place and followed by at most three more operations: two units of z, or of one
+    (elu, which takes one from it). The derivative of gelu_tanh has terms up to four times its value.
     """
     if activation is None:
         return
@@ -72,10 +73,12 @@ def test_functions_are_exact_to_rounding(activation, dtype):
     exact = z.detach().double().requires_grad_()
     expected = reference.ACTIVATIONS[activation](exact, SLOPE)
     unit = torch.finfo(dtype).eps
-    assert ((value - expected).abs() <= 2 * unit * exact.abs()).all()
+    scale = exact.abs().clamp(min=1) if activation == "elu" else exact.abs()
+    assert ((value - expected).abs() <= 2 * unit * scale).all()
     derivative, expected = (torch.autograd.grad(y.sum(), x)[0] for y, x in ((value, z), (expected, exact)))
     near = (exact.abs() < 1e4) & (exact.abs() != 3)  # beyond, the reference itself has infinite terms; corners
-    assert ((derivative - expected).abs() <= 2 * unit * exact.abs().clamp(1, 30))[near].all()
+    units = 8 if activation == "gelu_tanh" else 2
+    assert ((derivative - expected).abs() <= units * unit * exact.abs().clamp(1, 30))[near].all()
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_class(name):
     assert issubclass(ours, BASES.get(name, theirs))
     # SyncBatchNorm has **kwargs for an argument that only newer torch has.
     shared = [p for p in inspect.signature(ours).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [p for p in shared if p.name in ("activation", "negative_slope")]
-    assert len(options) == (0 if name == "SyncBatchNorm" else 2) and all(p.kind is p.KEYWORD_ONLY for p in options)
+    options = [p for p in shared if p.name in ("activation", "negative_slope", "memory_efficient")]
+    assert len(options) == (0 if name == "SyncBatchNorm" else 3) and all(p.kind is p.KEYWORD_ONLY for p in options)
     shared = [p for p in shared if p not in options]
     parameters = {p.name: (p.kind, p.default) for p in inspect.signature(theirs).parameters.values()}
     assert all(parameters.pop(p.name) == (p.kind, p.default) for p in shared)

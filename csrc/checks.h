@@ -33,6 +33,24 @@ void check_running_stats(const char* op, const OptionalTensor& mean, const Optio
 // cannot be inverted with memory_efficient.
 Extras check_extras(const char* op, const at::Tensor& input, const OptionalName& activation, double negative_slope,
                     const OptionalTensor& residual, double weight_offset, bool memory_efficient);
+// Parameters that differ between samples, or along other dimensions, as private operators take them (extras.h): of one
+// shape, or absent.
+struct Varying {
+  OptionalTensor weight, bias;
+  int64_t varying = 0;
+};
+// Weight and bias of row layers of which one has more dimensions than `normalized_shape`: broadcast to the input.
+Varying check_varying_rows(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+                           const OptionalTensor& weight, const OptionalTensor& bias);
+// Weight and bias of channel layers of which one is (N, C).
+Varying check_varying_channels(const char* op, const at::Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias);
+inline bool has_more_dimensions(const OptionalTensor& parameter, size_t plain) {
+  return defined(parameter) && parameter->dim() > int64_t(plain);
+}
+
+// A mask of bools, seen in the shape (N, *positions) to which it is broadcast; or none.
+OptionalTensor check_mask(const char* op, const at::Tensor& input, const OptionalTensor& mask);
 void check_residual(const char* op, const at::Tensor& residual, const at::Tensor& input);
 
 // input.shape[-k:] == normalized_shape, which has k >= 1 entries.

@@ -8,8 +8,10 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/erf.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/movedim.h>
 #include <ATen/ops/sigmoid.h>
 
+#include "autograd/composition.h"
 #include "extras.h"
 
 namespace normops {
@@ -54,6 +56,13 @@ inline at::Tensor activation_derivative(const Activation& activation, const at::
 // do not fuse them. 16-bit inputs go through the plain kernels in float, so that nothing is rounded in between.
 namespace composed {
 
+// On CUDA, the dtype in which gradients of parameters are written: the weight's where it is that of the input, as in a
+// model of one dtype, whose bias then has it too; otherwise that of the arithmetic, as nothing is known of the bias.
+inline at::ScalarType gradient_type(const OptionalTensor& weight, const at::Tensor& input) {
+  const bool own = defined(weight) && weight->scalar_type() == input.scalar_type();
+  return own ? input.scalar_type() : acc_type(input);
+}
+
 inline at::Tensor wide(const at::Tensor& t) { return t.to(acc_type(t)); }
 
 inline OptionalTensor moved(const OptionalTensor& weight, const at::Tensor& input, double offset) {
@@ -86,13 +95,40 @@ inline Tensors4 after(const Tensors3& grads, const at::Tensor& dz, const at::Ten
   return {dx.defined() ? dx.to(input.scalar_type()) : dx, dweight, dbias, dresidual};
 }
 
+// A result in the memory format that engines return.
+inline at::Tensor like(const at::Tensor& input, const at::Tensor& t) {
+  return t.defined() ? t.contiguous(input.suggest_memory_format()) : t;
+}
+
+}  // namespace composed
+
+namespace composed {
+
+// The channels as rows, and back.
+inline at::Tensor as_rows(const at::Tensor& t) { return t.movedim(1, -1).contiguous(); }
+inline OptionalTensor as_rows(const OptionalTensor& t) {
+  return defined(t) ? OptionalTensor(as_rows(*t)) : std::nullopt;
+}
+inline at::Tensor from_rows(const at::Tensor& t) { return t.defined() ? t.movedim(-1, 1).contiguous() : t; }
+
 }  // namespace composed
 
 template <auto row_norm>
 Tensors3 composed_row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                            const OptionalTensor& bias, double eps, bool centered, const OptionalTensor& residual,
-                           OptionalName activation, double negative_slope, double weight_offset) {
+                           OptionalName activation, double negative_slope, double weight_offset, int64_t varying) {
   const Extras extras{as_activation(activation, negative_slope), residual, weight_offset};
+  if (normalized_ndim == 0) {
+    auto [y, mean, rstd] =
+        composed_row_norm<row_norm>(composed::as_rows(input), 1, weight, bias, eps, centered,
+                                    composed::as_rows(residual), activation, negative_slope, weight_offset, varying);
+    return {composed::from_rows(y), composed::from_rows(mean), composed::from_rows(rstd)};
+  }
+  if (varying) {
+    auto [y, mean, rstd] =
+        compose({row_frame(input, normalized_ndim, varying), eps, centered}, input, weight, bias, extras);
+    return {centered ? y.contiguous() : composed::like(input, y), mean, rstd};
+  }
   const OptionalTensor weights = composed::moved(weight, input, weight_offset);
   if (!extras.epilogue()) return row_norm(input, normalized_ndim, weights, bias, eps, centered);
   auto [y, mean, rstd] = row_norm(composed::wide(input), normalized_ndim, weights, bias, eps, centered);
@@ -105,9 +141,27 @@ Tensors4 composed_row_norm_backward(const at::Tensor& grad_output, const at::Ten
                                     double eps, bool centered, Mask4 mask, const OptionalTensor& bias,
                                     const OptionalTensor& residual, const OptionalTensor& output,
                                     OptionalName activation, double negative_slope, double weight_offset,
-                                    const OptionalTensor& grad_sum) {
+                                    const OptionalTensor& grad_sum, int64_t varying) {
   const BackwardExtras extras{
       as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum};
+  if (normalized_ndim == 0) {
+    auto [dx, dweight, dbias, dresidual] = composed_row_norm_backward<row_norm, row_norm_backward>(
+        composed::as_rows(grad_output), composed::as_rows(input), 1, composed::as_rows(mean), composed::as_rows(rstd),
+        weight, eps, centered, mask, bias, composed::as_rows(residual), composed::as_rows(output), activation,
+        negative_slope, weight_offset, composed::as_rows(grad_sum), varying);
+    return {composed::from_rows(dx), dweight, dbias, composed::from_rows(dresidual)};
+  }
+  if (varying) {
+    auto [dx, dweight, dbias, dresidual] = compose_backward({row_frame(input, normalized_ndim, varying), eps, centered},
+                                                            grad_output, input, weight, mask, extras);
+    const auto parameter = [&](const at::Tensor& t) {
+      return t.defined() ? t.to(composed::gradient_type(weight, input)) : t;
+    };
+    const auto lying = [&](const at::Tensor& t) {
+      return t.defined() && centered ? t.contiguous() : composed::like(grad_output, t);
+    };
+    return {lying(dx), parameter(dweight), parameter(dbias), lying(dresidual)};
+  }
   const OptionalTensor weights = composed::moved(weight, input, weight_offset);
   const at::Tensor dz = composed::before(grad_output, extras, [&] {
     return std::get<0>(row_norm(composed::wide(input), normalized_ndim, weights, bias, eps, centered));
@@ -132,8 +186,14 @@ template <auto channel_norm>
 Tensors3 composed_channel_norm(const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
                                const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups,
                                bool over_batch, double eps, const OptionalTensor& residual, OptionalName activation,
-                               double negative_slope) {
+                               double negative_slope, const OptionalTensor& mask, int64_t varying) {
   const Extras extras{as_activation(activation, negative_slope), residual};
+  if (defined(mask) || varying) {
+    auto [y, used_mean, used_var] =
+        compose({channel_frame(input, num_groups, over_batch, varying), eps, /*centered=*/true, mean, var, mask}, input,
+                weight, bias, extras);
+    return {composed::like(input, y), used_mean, used_var};
+  }
   if (!extras.epilogue()) return channel_norm(input, mean, var, weight, bias, num_groups, over_batch, eps);
   auto [y, used_mean, used_var] =
       channel_norm(composed::wide(input), mean, var, weight, bias, num_groups, over_batch, eps);
@@ -143,17 +203,67 @@ Tensors3 composed_channel_norm(const at::Tensor& input, const OptionalTensor& me
 template <auto channel_norm, auto channel_norm_backward>
 Tensors4 composed_channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                         const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups,
-                                        bool over_batch, double eps, bool input_stats, Mask4 mask,
+                                        bool over_batch, double eps, bool input_stats, Mask4 wanted,
                                         const OptionalTensor& bias, const OptionalTensor& residual,
-                                        const OptionalTensor& output, OptionalName activation, double negative_slope) {
+                                        const OptionalTensor& output, OptionalName activation, double negative_slope,
+                                        const OptionalTensor& mask, int64_t varying) {
   const BackwardExtras extras{as_activation(activation, negative_slope), bias, residual, output};
+  if (defined(mask) || varying) {
+    const OptionalTensor none, given_mean = input_stats ? none : mean, given_var = input_stats ? none : var;
+    auto [dx, dweight, dbias, dresidual] = compose_backward(
+        {channel_frame(input, num_groups, over_batch, varying), eps, /*centered=*/true, given_mean, given_var, mask},
+        grad_output, input, weight, wanted, extras);
+    const auto parameter = [&](const at::Tensor& t) {
+      return t.defined() ? t.to(composed::gradient_type(weight, input)) : t;
+    };
+    return {composed::like(input, dx), parameter(dweight), parameter(dbias), composed::like(input, dresidual)};
+  }
   const at::Tensor dz = composed::before(grad_output, extras, [&] {
     return std::get<0>(channel_norm(composed::wide(input), mean, var, weight, bias, num_groups, over_batch, eps));
   });
   const at::Tensor x = extras.activation ? composed::wide(input) : input;
   return composed::after(channel_norm_backward(dz, x, mean, var, weight, num_groups, over_batch, eps, input_stats,
-                                               {mask[0], mask[1], mask[2]}),
-                         dz, input, input.suggest_memory_format(), mask, extras);
+                                               {wanted[0], wanted[1], wanted[2]}),
+                         dz, input, input.suggest_memory_format(), wanted, extras);
+}
+
+// The stages of BatchNorm, which know no mask either.
+
+inline Layer masked_batch_layer(const at::Tensor& input, double eps, const OptionalTensor& mean,
+                                const OptionalTensor& var, const OptionalTensor& mask) {
+  return {channel_frame(input, input.sym_size(1), /*over_batch=*/true), eps, /*centered=*/true, mean, var, mask};
+}
+
+template <auto moments>
+Tensors2 composed_moments(const at::Tensor& input, const OptionalTensor& mask) {
+  if (!defined(mask)) return moments(input);
+  auto [y, mean, var] = compose(masked_batch_layer(input, /*eps=*/1, {}, {}, mask), input, {}, {});
+  return {mean, var};
+}
+
+template <auto grad_sums>
+Tensors2 composed_grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                            const at::Tensor& var, double eps, const OptionalTensor& mask) {
+  if (!defined(mask)) return grad_sums(grad_output, input, mean, var, eps);
+  auto [dx, dweight, dbias, dresidual] = compose_backward(masked_batch_layer(input, eps, mean, var, mask), grad_output,
+                                                          input, {}, {false, true, true, false});
+  return {dbias.to(at::kDouble), dweight.to(at::kDouble)};
+}
+
+template <auto grad_apply>
+at::Tensor composed_grad_apply(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+                               const at::Tensor& var, const OptionalTensor& weight, const at::Tensor& sum_dy,
+                               const at::Tensor& sum_dy_xhat, int64_t count, double eps, const OptionalTensor& mask) {
+  if (!defined(mask)) return grad_apply(grad_output, input, mean, var, weight, sum_dy, sum_dy_xhat, count, eps);
+  at::DimVector shape(input.dim(), 1);
+  shape[1] = input.size(1);
+  const auto channels = [&](const at::Tensor& t) { return t.to(at::kDouble).reshape(shape); };
+  const at::Tensor rstd = (var.to(at::kDouble) + eps).rsqrt();
+  const at::Tensor scale = defined(weight) ? rstd * weight->to(at::kDouble) : rstd;
+  const at::Tensor xhat = (composed::wide(input) - channels(mean)) * channels(rstd);
+  const at::Tensor rest = channels(sum_dy / count) + xhat * channels(sum_dy_xhat / count);
+  const at::Tensor dx = (composed::wide(grad_output) - rest) * channels(scale);
+  return composed::like(input, dx.masked_fill(mask->unsqueeze(1).logical_not(), 0).to(input.scalar_type()));
 }
 
 }  // namespace normops

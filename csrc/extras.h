@@ -1,7 +1,7 @@
 #pragma once
 
 // What the operators take beside torch's arguments: an activation and a residual, which end the pass of a norm, and the
-// offset of a weight that is stored as its distance from one. They travel together.
+// offset of a weight that is stored as its distance from one, a mask. They travel together.
 
 #include <c10/util/Exception.h>
 
@@ -29,6 +29,10 @@ struct Extras {
   OptionalTensor residual{};
   double weight_offset = 0;
   bool memory_efficient = false;  // the backward starts from the output (autograd/restore.h)
+  OptionalTensor mask{};          // bool, (N, *positions): what is valid
+  // A bit for each dimension of the input along which weight and bias differ. With none, they have their plain shape.
+  // Otherwise: (N, C) in channel layers; in row layers the input's shape, but 1 in leading dimensions without a bit.
+  int64_t varying = 0;
 
   bool epilogue() const { return activation || defined(residual); }
   bool any() const { return epilogue() || weight_offset != 0; }
@@ -43,8 +47,10 @@ struct BackwardExtras {
   OptionalTensor output{};
   double weight_offset = 0;
   OptionalTensor grad_sum{};  // added to the gradient of the input
+  OptionalTensor mask{};
+  int64_t varying = 0;
 
-  bool any() const { return activation || weight_offset != 0 || defined(grad_sum); }
+  bool any() const { return activation || weight_offset != 0 || defined(grad_sum) || defined(mask) || varying; }
 };
 
 }  // namespace normops

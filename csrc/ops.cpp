@@ -9,6 +9,8 @@
 #define NORMOPS_EXTRAS ", *, str? activation=None, float negative_slope=0.01, Tensor? residual=None"
 #define NORMOPS_OFFSET ", float weight_offset=0.0"
 #define NORMOPS_MEMORY ", bool memory_efficient=False"
+#define NORMOPS_MASK ", Tensor? mask=None"
+#define NORMOPS_VARYING ", int varying=0"
 
 TORCH_LIBRARY(normops, m) {
   const auto public_operator = [&](const std::string& name, const std::string& arguments, const char* extras) {
@@ -19,18 +21,22 @@ TORCH_LIBRARY(normops, m) {
                   "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
                   NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY);
   public_operator("rms_norm", "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None",
-                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY);
+                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY ", Tensor? bias=None");
   public_operator("batch_norm",
                   "Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None,"
                   " Tensor? bias=None, bool training=False, float momentum=0.1, float eps=1e-05",
-                  NORMOPS_EXTRAS NORMOPS_MEMORY);
+                  NORMOPS_EXTRAS NORMOPS_MEMORY NORMOPS_MASK);
   public_operator("instance_norm",
                   "Tensor input, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? weight=None,"
                   " Tensor? bias=None, bool use_input_stats=True, float momentum=0.1, float eps=1e-05",
-                  NORMOPS_EXTRAS NORMOPS_MEMORY);
+                  NORMOPS_EXTRAS NORMOPS_MEMORY NORMOPS_MASK);
   public_operator("group_norm",
                   "Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
-                  NORMOPS_EXTRAS NORMOPS_MEMORY);
+                  NORMOPS_EXTRAS NORMOPS_MEMORY NORMOPS_MASK);
+  public_operator("channel_layer_norm", "Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
+                  NORMOPS_EXTRAS NORMOPS_OFFSET);
+  public_operator("channel_rms_norm", "Tensor input, Tensor? weight=None, float? eps=None",
+                  NORMOPS_EXTRAS NORMOPS_OFFSET ", Tensor? bias=None");
   m.def(
       "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " Tensor? bias=None, float eps=1e-05, *, float weight_offset=0.0) -> (Tensor output, Tensor sum)");
@@ -42,36 +48,43 @@ TORCH_LIBRARY(normops, m) {
   // what the input, bias and residual make anew. The last result is the gradient of the residual.
 #define NORMOPS_BACKWARD_EXTRAS \
   "Tensor? bias=None, Tensor? residual=None, Tensor? output=None, str? activation=None, float negative_slope=0.01"
+  // `normalized_ndim` is how many dimensions at the end are a row, or 0: then dimension 1, the channels, is.
   m.def(
       "_row_norm(Tensor input, int normalized_ndim, Tensor? weight, Tensor? bias, float eps, bool centered,"
-      " Tensor? residual=None, str? activation=None, float negative_slope=0.01, float weight_offset=0.0)"
+      " Tensor? residual=None, str? activation=None, float negative_slope=0.01, float weight_offset=0.0" NORMOPS_VARYING
+      ")"
       " -> (Tensor output, Tensor mean, Tensor rstd)");
   m.def(
       "_row_norm_backward(Tensor grad_output, Tensor input, int normalized_ndim, Tensor mean, Tensor rstd,"
       " Tensor? weight, float eps, bool centered, bool[4] output_mask, " NORMOPS_BACKWARD_EXTRAS
-      ", float weight_offset=0.0, Tensor? grad_sum=None) -> (Tensor, Tensor, Tensor, Tensor)");
+      ", float weight_offset=0.0, Tensor? grad_sum=None" NORMOPS_VARYING ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_add_row_norm(Tensor input, Tensor residual, int normalized_ndim, Tensor? weight, Tensor? bias, float eps,"
       " bool centered, float weight_offset=0.0) -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)");
   m.def(
       "_channel_norm(Tensor input, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, SymInt num_groups,"
-      " bool over_batch, float eps, Tensor? residual=None, str? activation=None, float negative_slope=0.01)"
+      " bool over_batch, float eps, Tensor? residual=None, str? activation=None, float negative_slope=0.01,"
+      " Tensor? mask=None" NORMOPS_VARYING
+      ")"
       " -> (Tensor output, Tensor mean, Tensor var)");
   m.def(
       "_channel_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight,"
-      " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[4] output_mask, " NORMOPS_BACKWARD_EXTRAS
-      ") -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("_channel_moments(Tensor input) -> (Tensor mean, Tensor var)");
+      " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[4] "
+      "output_mask, " NORMOPS_BACKWARD_EXTRAS NORMOPS_MASK NORMOPS_VARYING ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("_channel_moments(Tensor input" NORMOPS_MASK ") -> (Tensor mean, Tensor var)");
   m.def("_merge_moments(Tensor count, Tensor mean, Tensor var) -> (Tensor mean, Tensor var)");
-  m.def(
-      "_channel_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor var, float eps)"
-      " -> (Tensor sum_dy, Tensor sum_dy_xhat)");
+  m.def("_channel_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor var, float eps" NORMOPS_MASK
+        ") -> (Tensor sum_dy, Tensor sum_dy_xhat)");
   m.def(
       "_channel_grad_apply(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor sum_dy,"
-      " Tensor sum_dy_xhat, SymInt count, float eps) -> Tensor");
+      " Tensor sum_dy_xhat, SymInt count, float eps" NORMOPS_MASK ") -> Tensor");
   m.def(
       "_update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum,"
       " SymInt count) -> ()");
+  // Of masked inputs: a count for each statistic, of which those of nothing are left out.
+  m.def(
+      "_update_running_stats.counted(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var,"
+      " float momentum, Tensor count) -> ()");
 }
 
 namespace normops::ops {
@@ -100,18 +113,26 @@ at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normali
 
 at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                           std::optional<double> eps, OptionalName activation, double negative_slope,
-                          const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
+                          const OptionalTensor& residual, double weight_offset, bool memory_efficient,
+                          const OptionalTensor& bias) {
   static const auto op = find<decltype(fused_rms_norm)>("normops::rms_norm", "fused");
   return op.call(input, normalized_shape, weight, eps, activation, negative_slope, residual, weight_offset,
-                 memory_efficient);
+                 memory_efficient, bias);
 }
 
 at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual, bool memory_efficient) {
+                            const OptionalTensor& residual, bool memory_efficient, const OptionalTensor& mask) {
   static const auto op = find<decltype(fused_group_norm)>("normops::group_norm", "fused");
   return op.call(input, std::move(num_groups), weight, bias, eps, activation, negative_slope, residual,
-                 memory_efficient);
+                 memory_efficient, mask);
+}
+
+at::Tensor fused_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                    double eps, OptionalName activation, double negative_slope,
+                                    const OptionalTensor& residual, double weight_offset) {
+  static const auto op = find<decltype(fused_channel_layer_norm)>("normops::channel_layer_norm", "fused");
+  return op.call(input, weight, bias, eps, activation, negative_slope, residual, weight_offset);
 }
 
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
@@ -130,9 +151,9 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
                   const OptionalTensor& bias, double eps, bool centered, const Extras& extras) {
   static const auto op =
       find<Tensors3(const at::Tensor&, int64_t, const OptionalTensor&, const OptionalTensor&, double, bool,
-                    const OptionalTensor&, OptionalName, double, double)>("normops::_row_norm");
+                    const OptionalTensor&, OptionalName, double, double, int64_t)>("normops::_row_norm");
   return op.call(input, normalized_ndim, weight, bias, eps, centered, extras.residual, name_of(extras.activation),
-                 extras.activation.negative_slope, extras.weight_offset);
+                 extras.activation.negative_slope, extras.weight_offset, extras.varying);
 }
 
 Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
@@ -141,11 +162,11 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   static const auto op =
       find<Tensors4(const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&, const at::Tensor&,
                     const OptionalTensor&, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, OptionalName, double, double, const OptionalTensor&)>(
+                    const OptionalTensor&, OptionalName, double, double, const OptionalTensor&, int64_t)>(
           "normops::_row_norm_backward");
   return op.call(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, extras.bias,
                  extras.residual, extras.output, name_of(extras.activation), extras.activation.negative_slope,
-                 extras.weight_offset, extras.grad_sum);
+                 extras.weight_offset, extras.grad_sum, extras.varying);
 }
 
 Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
@@ -167,10 +188,10 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& mean, const
                       double eps, const Extras& extras) {
   static const auto op =
       find<Tensors3(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, c10::SymInt, bool, double, const OptionalTensor&, OptionalName, double)>(
-          "normops::_channel_norm");
+                    const OptionalTensor&, c10::SymInt, bool, double, const OptionalTensor&, OptionalName, double,
+                    const OptionalTensor&, int64_t)>("normops::_channel_norm");
   return op.call(input, mean, var, weight, bias, std::move(num_groups), over_batch, eps, extras.residual,
-                 name_of(extras.activation), extras.activation.negative_slope);
+                 name_of(extras.activation), extras.activation.negative_slope, extras.mask, extras.varying);
 }
 
 Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
@@ -180,10 +201,11 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   static const auto op =
       find<Tensors4(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                     c10::SymInt, bool, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, OptionalName, double)>("normops::_channel_norm_backward");
+                    const OptionalTensor&, OptionalName, double, const OptionalTensor&, int64_t)>(
+          "normops::_channel_norm_backward");
   return op.call(grad_output, input, mean, var, weight, std::move(num_groups), over_batch, eps, input_stats,
                  output_mask, extras.bias, extras.residual, extras.output, name_of(extras.activation),
-                 extras.activation.negative_slope);
+                 extras.activation.negative_slope, extras.mask, extras.varying);
 }
 
 Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
@@ -197,6 +219,12 @@ void update_running_stats(const at::Tensor& running_mean, const at::Tensor& runn
                           const at::Tensor& var, double momentum, c10::SymInt count) {
   static const auto op = find<decltype(update_running_stats)>("normops::_update_running_stats");
   op.call(running_mean, running_var, mean, var, momentum, std::move(count));
+}
+
+void update_counted_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, const at::Tensor& count) {
+  static const auto op = find<decltype(update_counted_stats)>("normops::_update_running_stats", "counted");
+  op.call(running_mean, running_var, mean, var, momentum, count);
 }
 
 }  // namespace normops::ops

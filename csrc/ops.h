@@ -13,11 +13,15 @@ at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normali
 at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                           std::optional<double> eps, OptionalName activation = {},
                           double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {},
-                          double weight_offset = 0, bool memory_efficient = false);
+                          double weight_offset = 0, bool memory_efficient = false, const OptionalTensor& bias = {});
 at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation = {},
                             double negative_slope = Activation{}.negative_slope, const OptionalTensor& residual = {},
-                            bool memory_efficient = false);
+                            bool memory_efficient = false, const OptionalTensor& mask = {});
+at::Tensor fused_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                    double eps, OptionalName activation = {},
+                                    double negative_slope = Activation{}.negative_slope,
+                                    const OptionalTensor& residual = {}, double weight_offset = 0);
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
                         const OptionalTensor& weight, const OptionalTensor& bias, double eps, double weight_offset);
 Tensors2 add_rms_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
@@ -46,5 +50,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                bool over_batch, double eps, bool input_stats, Mask3 output_mask);
 void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                           const at::Tensor& var, double momentum, c10::SymInt count);
+void update_counted_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, const at::Tensor& count);
 
 }  // namespace normops::ops

@@ -108,7 +108,8 @@ void check_running_update(const at::Tensor& running_mean, const at::Tensor& runn
               " samples");
 }
 
-ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch) {
+ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch,
+                         bool samples_apart) {
   const at::Tensor& input = *tensors.front();
   TORCH_CHECK(input.dim() >= 2, "normops: expected input with at least 2 dimensions, got ", input.dim());
   const at::MemoryFormat format = input.suggest_memory_format();
@@ -138,7 +139,7 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
   }
 
   // A batch of channels_last samples that follow each other is one long sample to a layer that works over the batch.
-  const bool one_sample = g.layout == Layout::kChannelsLast && over_batch &&
+  const bool one_sample = g.layout == Layout::kChannelsLast && over_batch && !samples_apart &&
                           std::all_of(strides.begin(), strides.end(), [&](const Strides& s) {
                             return g.positions == 1 || s.sample == s.position * g.positions;
                           });

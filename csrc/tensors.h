@@ -57,12 +57,13 @@ void check_running_update(const at::Tensor& running_mean, const at::Tensor& runn
                           const at::Tensor& var, int64_t count);
 
 // A channel layer's tensors seen through one Geometry. The first tensor decides the layout; `tensors` are replaced by
-// copies where their strides do not fit it.
+// copies where their strides do not fit it. `samples_apart`: a batch is never taken for one long sample.
 struct ChannelView {
   Geometry geometry;
   std::vector<Strides> strides;  // one per tensor
 };
-ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);
+ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch,
+                         bool samples_apart = false);
 
 // The same, with many small contiguous planes seen as wide channels (geometry.h).
 ChannelView wide_channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch);

@@ -30,6 +30,13 @@ def _acc_dtype(input):
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def _parameter_shape(input, leading, plain, varying):
+    """That of weight and bias; ``varying`` has a bit for each dimension along which they differ (csrc/extras.h)."""
+    if not varying:
+        return plain
+    return [*(size if varying >> d & 1 else 1 for d, size in enumerate(input.shape[:leading])), *plain]
+
+
 def _parameter_dtype(input, weight):
     """The dtype of dweight and dbias. CUDA kernels write them in that of the weight, if the input has it too."""
     own = weight is not None and weight.dtype == input.dtype and input.device.type == "cuda"
@@ -46,6 +53,9 @@ def _masked(output_mask, *makers):
 
 
 def _row_statistics(input, normalized_ndim):
+    if normalized_ndim == 0:  # rows are channels
+        shape = [input.shape[0], 1, *input.shape[2:]]
+        return tuple(input.new_empty(shape, dtype=torch.float64) for _ in range(2))
     shape = [*input.shape[: input.dim() - normalized_ndim], *[1] * normalized_ndim]
     return tuple(input.new_empty(shape, dtype=torch.float64) for _ in range(2))
 
@@ -53,7 +63,8 @@ def _row_statistics(input, normalized_ndim):
 @torch.library.register_fake("normops::_row_norm")
 def _(input, normalized_ndim, weight, bias, eps, centered, *extras, **more):
     # LayerNorm is always contiguous, as torch's.
-    output = input.new_empty(input.shape) if centered else _dense_like(input)
+    contiguous = centered or normalized_ndim == 0
+    output = input.new_empty(input.shape) if contiguous else _dense_like(input)
     return output, *_row_statistics(input, normalized_ndim)
 
 
@@ -63,12 +74,34 @@ def _(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offs
 
 
 @torch.library.register_fake("normops::_row_norm_backward")
-def _(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, *extras, **more):
+def _(
+    grad_output,
+    input,
+    normalized_ndim,
+    mean,
+    rstd,
+    weight,
+    eps,
+    centered,
+    output_mask,
+    bias=None,
+    residual=None,
+    output=None,
+    activation=None,
+    negative_slope=0.01,
+    weight_offset=0.0,
+    grad_sum=None,
+    varying=0,
+):
+    leading = input.dim() - normalized_ndim
+
     def parameter():
-        return input.new_empty(input.shape[input.dim() - normalized_ndim :], dtype=_parameter_dtype(input, weight))
+        plain = input.shape[leading:] if normalized_ndim else [input.shape[1]]
+        shape = _parameter_shape(input, leading, plain, varying)
+        return input.new_empty(shape, dtype=_parameter_dtype(input, weight))
 
     def grad_input():
-        return input.new_empty(input.shape) if centered else _dense_like(grad_output)
+        return input.new_empty(input.shape) if centered or normalized_ndim == 0 else _dense_like(grad_output)
 
     return _masked(output_mask, grad_input, parameter, parameter, grad_input)
 
@@ -80,9 +113,28 @@ def _(input, mean, var, weight, bias, num_groups, over_batch, eps, *extras, **mo
 
 
 @torch.library.register_fake("normops::_channel_norm_backward")
-def _(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats, output_mask, *extras, **more):
+def _(
+    grad_output,
+    input,
+    mean,
+    var,
+    weight,
+    num_groups,
+    over_batch,
+    eps,
+    input_stats,
+    output_mask,
+    bias=None,
+    residual=None,
+    output=None,
+    activation=None,
+    negative_slope=0.01,
+    mask=None,
+    varying=0,
+):
     def parameter():
-        return input.new_empty([input.shape[1]], dtype=_parameter_dtype(input, weight))
+        shape = _parameter_shape(input, 1, [input.shape[1]], varying)
+        return input.new_empty(shape, dtype=_parameter_dtype(input, weight))
 
     def grad_input():
         return _dense_like(input)
@@ -95,7 +147,7 @@ def _per_channel(input):
 
 
 @torch.library.register_fake("normops::_channel_moments")
-def _(input):
+def _(input, mask=None):
     return _per_channel(input)
 
 
@@ -105,15 +157,16 @@ def _(count, mean, var):
 
 
 @torch.library.register_fake("normops::_channel_grad_sums")
-def _(grad_output, input, mean, var, eps):
+def _(grad_output, input, mean, var, eps, mask=None):
     return _per_channel(input)
 
 
 @torch.library.register_fake("normops::_channel_grad_apply")
-def _(grad_output, input, mean, var, weight, sum_dy, sum_dy_xhat, count, eps):
+def _(grad_output, input, mean, var, weight, sum_dy, sum_dy_xhat, count, eps, mask=None):
     return _dense_like(input)
 
 
 @torch.library.register_fake("normops::_update_running_stats")
+@torch.library.register_fake("normops::_update_running_stats.counted")
 def _(running_mean, running_var, mean, var, momentum, count):
     return None

@@ -243,6 +243,10 @@ class _Site:
         self.check_between([addition, self.norm], what)
         arguments = dict(self.arguments)
         del arguments["input"]
+        for name in ("weight", "bias"):
+            value = graphs.value_of(arguments.get(name))
+            if isinstance(value, torch.Tensor) and value.dim() > len(arguments["normalized_shape"]):
+                raise _Refusal(what, f"a {name} of more dimensions than normalized_shape")
         if any(self.order[node] > self.order[addition] for node in arguments.values() if isinstance(node, Node)):
             raise _Refusal(what, "the parameters of the norm are computed after the sum")
         with self.graph.inserting_after(addition):

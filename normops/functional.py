@@ -20,6 +20,22 @@ from one. With ``memory_efficient=True`` the backward starts from the output, wh
 the input is not kept: see :ref:`below <memory-efficient>`. :func:`add_layer_norm` and :func:`add_rms_norm` add first,
 and return the sum beside its norm.
 
+The channel layers take ``mask``, a tensor of bools of shape :math:`(N, *)`, the input's without the channels, or one
+that is broadcast to it, such as :math:`(N, 1, W)`: True where the input is valid, as :func:`length_mask` makes it for
+sequences of different lengths. Statistics and gradients are of valid elements only, the running statistics move by
+their count, and outputs and the gradients of input and residual are zero elsewhere, after an activation too. What is
+masked is not read as numbers: it may be NaN. All of it is as if each sample had come without its padding. A statistic
+with one valid value is an error in training (on CUDA, where finding out would mean waiting for the device, and in
+compiled code it is not noticed), and one without any is as if it were not there.
+
+``weight`` and ``bias`` may be a sample's own, as in AdaIN, AdaLN or FiLM, where another network makes them: of shape
+:math:`(N, C)` in the channel layers; in the row layers of any shape that ends in ``normalized_shape`` and is
+broadcast to the input's, :math:`(N, 1, D)` above all. One of the two may have its plain shape. Neither they nor their
+gradients, which have their shapes, are ever made as large as the input.
+
+Nested tensors (``torch.jagged``) are normalized without padding: rows by the row layers, and by :func:`batch_norm` and
+:func:`instance_norm` what is :math:`(N, C, *)` with the ragged dimension behind the channels.
+
 .. _memory-efficient:
 
 ``memory_efficient=True`` takes no activation, ``"leaky_relu"`` or ``"elu"``, which can be inverted, and no residual.
@@ -30,7 +46,8 @@ the input is left in the output, it is kept channel by channel (in the row layer
 weight is next to zero or less than a quarter of the bias, and with ``"elu"`` where an output is nearer to -1 than
 1/256; with ``"elu"`` in 16-bit types it is kept as a whole. The output must not be changed in place, which raises an
 error in the backward. ``torch.compile``, which decides itself what is saved and what is computed anew, takes no notice
-of it (but with ``backend="normops"``), nor do ``torch.func`` and forward-mode AD.
+of it (but with ``backend="normops"``), nor do ``torch.func`` and forward-mode AD. With a mask, or weights of
+samples, the input is kept.
 
 ``input`` may be float16, bfloat16, float32 or float64, in any strides; ``weight``, ``bias`` and running statistics may
 be of any of these dtypes, whatever that of ``input``. The result has the dtype of ``input``; arithmetic is done in
@@ -42,11 +59,14 @@ Errors are of the types that torch raises: ``NotImplementedError`` for an input 
 ``ValueError`` for too few values per statistic or an impossible eps, ``TypeError`` for an argument of the wrong type,
 and ``RuntimeError`` for shapes, parameters and devices that do not fit. Of what torch does not have, an ``activation``
 that is not known, a ``negative_slope`` without ``"leaky_relu"``, and a ``residual`` of another shape or device are
-``ValueError``, and a ``residual`` of another dtype is a ``TypeError``: it is neither broadcast nor promoted.
+``ValueError``, and a ``residual`` of another dtype is a ``TypeError``: it is neither broadcast nor promoted. A ``mask``
+of another dtype than bool, or of a wrong shape or device, is a ``ValueError``, and so is a weight or bias with more
+dimensions than torch's that does not fit the input.
 ``memory_efficient`` with an activation that has no inverse, with a ``negative_slope`` that is not positive or with a
 residual is a ``ValueError``.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -55,38 +75,50 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from normops import _activations, _ops, compilation  # noqa: F401  (_ops registers the operators)
+from normops import _activations, _ops, compilation, nested  # noqa: F401  (_ops registers the operators)
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
+    "channel_layer_norm",
+    "channel_rms_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "length_mask",
     "rms_norm",
 ]
 
 _add_layer_norm = torch.ops.normops.add_layer_norm.default
 _add_rms_norm = torch.ops.normops.add_rms_norm.default
 _batch_norm = torch.ops.normops.batch_norm.default
+_channel_layer_norm = torch.ops.normops.channel_layer_norm.default
+_channel_rms_norm = torch.ops.normops.channel_rms_norm.default
 _group_norm = torch.ops.normops.group_norm.default
 _instance_norm = torch.ops.normops.instance_norm.default
 _layer_norm = torch.ops.normops.layer_norm.default
 _rms_norm = torch.ops.normops.rms_norm.default
 
 # The overloads that take more than torch's functions do.
-_FUSED = {op: op.overloadpacket.fused for op in (_batch_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm)}
+_FUSED = {
+    op: op.overloadpacket.fused
+    for op in (_batch_norm, _channel_layer_norm, _channel_rms_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm)
+}
 
 
 def _call(op: Any, *args: Any, **extras: Any) -> Any:
-    if torch.compiler.is_compiling() and compilation.decomposes(op._opname, "memory_efficient" in extras):
-        return compilation.decomposed(op._opname, *args, **extras)
-    if extras:
-        op = _FUSED.get(op, op)
+    if torch.compiler.is_compiling():
+        if args[0].is_nested:
+            return nested.run(op._opname, functools.partial(_call, op), *args, **extras)
+        if compilation.decomposes(op._opname, "memory_efficient" in extras or "mask" in extras):
+            return compilation.decomposed(op._opname, *args, **extras)
     try:
-        return op(*args, **extras)
+        return (_FUSED.get(op, op) if extras else op)(*args, **extras)
     except RuntimeError as error:
+        # Looked for here, where it costs other inputs nothing: operators take no nested ones.
+        if isinstance(args[0], Tensor) and args[0].is_nested:
+            return nested.run(op._opname, functools.partial(_call, op), *args, **extras)
         if wrong := _WRONG_TYPE.search(str(error)):
             raise TypeError(_type_message(op, args, extras, *wrong.groups())) from None
         raise
@@ -98,6 +130,8 @@ def _extras(
     residual: Tensor | None,
     weight_offset: float = 0.0,
     memory_efficient: bool = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> dict[str, Any]:
     """What is not as it is by default."""
     extras: dict[str, Any] = {}
@@ -111,6 +145,10 @@ def _extras(
         extras["weight_offset"] = weight_offset
     if memory_efficient:
         extras["memory_efficient"] = memory_efficient
+    if mask is not None:
+        extras["mask"] = mask
+    if bias is not None:
+        extras["bias"] = bias
     return extras
 
 
@@ -136,6 +174,35 @@ def _check_is_shape(op: str, normalized_shape: object) -> None:
         )
 
 
+def length_mask(lengths: Tensor | Sequence[int], size: int) -> Tensor:
+    """The mask of sequences that begin where their padded batch does: position ``i`` of sample ``n`` is valid if
+    ``i < lengths[n]``.
+
+    Args:
+        lengths: shape :math:`(N)`, integers in :math:`[0, size]`; a tensor or a sequence.
+        size: the length of the padded batch.
+
+    Returns:
+        bools of shape :math:`(N, size)`, on the device of ``lengths``.
+
+    Raises:
+        ValueError: ``lengths`` is no vector of integers, or one of them is negative or above ``size``. In compiled code
+            the latter is not noticed.
+    """
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
+    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"length_mask: expected lengths to be integers of shape (N), got {lengths.dtype} of shape "
+            f"{list(lengths.shape)}"
+        )
+    if not (torch.compiler.is_compiling() or lengths.is_meta) and lengths.numel() > 0:
+        least, most = (int(limit) for limit in torch.aminmax(lengths))
+        if least < 0 or most > size:
+            raise ValueError(f"length_mask: expected lengths in [0, {size}] (size), got {least if least < 0 else most}")
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -150,6 +217,7 @@ def batch_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     memory_efficient: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Batch normalization: one statistic per channel, over the batch and all positions.
 
@@ -160,14 +228,15 @@ def batch_norm(
         running_mean, running_var: shape :math:`(C)`. With ``training=True`` they may be ``None``, and are otherwise
             moved in place to ``(1 - momentum) * running + momentum * statistic``, with the unbiased variance. With
             ``training=False`` they are the statistics.
-        weight, bias: shape :math:`(C)`, or ``None``.
+        weight, bias: shape :math:`(C)`, or :math:`(N, C)` for a sample each, or ``None``.
         training: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance; positive when ``training``.
-        activation, negative_slope, residual, memory_efficient: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient, mask: see the top of :mod:`normops.functional`.
 
     Raises:
-        ValueError: one value per channel with ``training=True``; only one of the running statistics; a bad ``eps``.
+        ValueError: one (valid) value per channel with ``training=True``; a ``mask`` that does not fit; only one of the
+            running statistics; a bad ``eps``.
         RuntimeError: a parameter or running statistic of the wrong shape or device; none of the latter in evaluation.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
@@ -181,7 +250,7 @@ def batch_norm(
         training,
         momentum,
         eps,
-        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient),
+        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask),
     )
 
 
@@ -199,6 +268,7 @@ def instance_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     memory_efficient: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Instance normalization: one statistic per sample and channel, over all positions.
 
@@ -210,14 +280,15 @@ def instance_norm(
         input: shape :math:`(N, C, *)` with more than one position.
         running_mean, running_var: shape :math:`(C)`, or ``None``; moved as in :func:`batch_norm` with the average of
             the samples' statistics, or used as the statistics if ``use_input_stats=False``.
-        weight, bias: shape :math:`(C)`, or ``None``.
+        weight, bias: shape :math:`(C)`, or :math:`(N, C)` for a sample each, or ``None``.
         use_input_stats: take the statistics from ``input``.
         momentum: the share of the new statistic in the running one.
         eps: added to the variance.
-        activation, negative_slope, residual, memory_efficient: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient, mask: see the top of :mod:`normops.functional`.
 
     Raises:
-        ValueError: one position per channel with ``use_input_stats=True``; only one of the running statistics.
+        ValueError: one (valid) position per channel with ``use_input_stats=True``; a ``mask`` that does not fit; only
+            one of the running statistics.
         RuntimeError: a parameter or running statistic of the wrong shape or device, or none of the latter with
             ``use_input_stats=False``.
         NotImplementedError: ``input`` is not a strided floating tensor.
@@ -232,7 +303,7 @@ def instance_norm(
         use_input_stats,
         momentum,
         eps,
-        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient),
+        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask),
     )
 
 
@@ -247,6 +318,7 @@ def group_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     memory_efficient: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Group normalization: one statistic per sample and group of channels, over all positions.
 
@@ -256,16 +328,16 @@ def group_norm(
         input: shape :math:`(N, C, *)`. The result has its shape, and its memory format if that is channels_last.
         num_groups: a divisor of :math:`C`. With :math:`C` groups this is instance norm, with one it is layer norm over
             the whole sample.
-        weight, bias: shape :math:`(C)`, or ``None``.
+        weight, bias: shape :math:`(C)`, or :math:`(N, C)` for a sample each, or ``None``.
         eps: added to the variance.
-        activation, negative_slope, residual, memory_efficient: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, memory_efficient, mask: see the top of :mod:`normops.functional`.
 
     Raises:
-        ValueError: a single sample with one value per group.
+        ValueError: a single sample with one value per group, or one valid value; a ``mask`` that does not fit.
         RuntimeError: ``num_groups`` does not divide the channels; a parameter of the wrong shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    extras = _extras(activation, negative_slope, residual, memory_efficient=memory_efficient)
+    extras = _extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask)
     return _call(_group_norm, input, num_groups, weight, bias, eps, **extras)
 
 
@@ -289,7 +361,7 @@ def layer_norm(
     Args:
         input: shape :math:`(*, \text{normalized\_shape})`. The result is contiguous.
         normalized_shape: the trailing dimensions of ``input``.
-        weight, bias: shape ``normalized_shape``, or ``None``.
+        weight, bias: shape ``normalized_shape``, or one that is broadcast (above), or ``None``.
         eps: added to the variance.
         activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
             :mod:`normops.functional`.
@@ -323,6 +395,7 @@ def rms_norm(
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
     memory_efficient: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     r"""Root mean square layer normalization: :math:`x / \sqrt{\mathrm{mean}(x^2) + \mathrm{eps}} \cdot \mathrm{weight}`
     over the last ``len(normalized_shape)`` dimensions.
@@ -333,20 +406,79 @@ def rms_norm(
         input: shape :math:`(*, \text{normalized\_shape})`. The result has its shape, and its memory format if that is
             channels_last.
         normalized_shape: the trailing dimensions of ``input``.
-        weight: shape ``normalized_shape``, or ``None``.
+        weight, bias: shape ``normalized_shape``, or one that is broadcast (above), or ``None``.
         eps: added to the mean square; ``None`` is the machine epsilon of float32 (of float64 for float64), as in torch.
         activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
             :mod:`normops.functional`.
 
     Raises:
-        RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; ``weight`` has another shape
+        RuntimeError: ``normalized_shape`` is empty or not the end of the input's shape; a parameter has another shape
             or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("rms_norm", normalized_shape)
-    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient)
+    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient, bias=bias)
     return _call(_rms_norm, input, normalized_shape, weight, eps, **extras)
+
+
+def channel_layer_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    r"""Layer normalization over the channels: one statistic per sample and position, over dimension 1.
+
+    The layer of ConvNeXt and of SAM, as ``layer_norm(input.movedim(1, -1), ...).movedim(-1, 1)`` without the
+    copies: an input whose positions lie side by side (NCHW) is read once and stays as it is, and so does channels_last.
+
+    Liu et al., `A ConvNet for the 2020s <https://arxiv.org/abs/2201.03545>`__, 2022.
+
+    Args:
+        input: shape :math:`(N, C, *)`. The result has its shape, and its memory format.
+        weight, bias: shape :math:`(C)`, or ``None``.
+        eps: added to the variance.
+        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+
+    Raises:
+        ValueError: ``input`` has fewer than two dimensions.
+        RuntimeError: a parameter has another shape or device.
+        NotImplementedError: ``input`` is not a strided floating tensor.
+    """
+    extras = _extras(activation, negative_slope, residual, weight_offset)
+    return _call(_channel_layer_norm, input, weight, bias, eps, **extras)
+
+
+def channel_rms_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    r"""Root mean square layer normalization over the channels: :func:`channel_layer_norm` without the mean.
+
+    Args:
+        input: shape :math:`(N, C, *)`. The result has its shape, and its memory format.
+        weight, bias: shape :math:`(C)`, or ``None``.
+        eps: as of :func:`rms_norm`.
+        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as :func:`channel_layer_norm`.
+    """
+    extras = _extras(activation, negative_slope, residual, weight_offset, bias=bias)
+    return _call(_channel_rms_norm, input, weight, eps, **extras)
 
 
 def add_layer_norm(

@@ -27,10 +27,13 @@ _NORMS: dict[Any, str] = {
 
 
 def norm_name(node: Any) -> str:
-    """The function that a node calls, if that is a norm without an epilogue."""
+    """The function that a node calls, if that is a norm without an epilogue, and without a mask, which would be applied
+    to what is taken over."""
     if not isinstance(node, Node) or node.op != "call_function" or node.target not in _NORMS:
         return ""
-    return "" if node.kwargs.keys() & {"activation", "residual"} else _NORMS[node.target]
+    name = _NORMS[node.target]
+    others = {"activation", "residual", "mask"} | ({"bias"} if name == "rms_norm" else set())
+    return "" if node.kwargs.keys() & others else name
 
 
 def norm_arguments(node: Node) -> dict[str, Any]:

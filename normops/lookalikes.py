@@ -20,7 +20,6 @@ float32 inside: there the numbers do not agree to the rounding of the dtype, and
 import torch
 
 from normops import functional as F
-from normops.modules.normalization import layer_norm_2d
 from normops.registry import register_conversion
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -70,7 +69,7 @@ def layer_norm(module, input):
 def layer_norm_channels_first(module, input):
     if getattr(module, "data_format", "channels_first") == "channels_last":
         return layer_norm(module, input)
-    return layer_norm_2d(input, module.normalized_shape, module.weight, module.bias, module.eps)
+    return F.channel_layer_norm(input, module.weight, module.bias, module.eps)
 
 
 def _image(module):

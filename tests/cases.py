@@ -92,6 +92,8 @@ class Sample:
         def convert(value):
             if not isinstance(value, torch.Tensor):
                 return value
+            if not value.is_floating_point():
+                return value.cpu()
             return value.detach().cpu().double().requires_grad_(value.requires_grad)
 
         parameters = {name: convert(value) for name, value in self.parameters.items()}

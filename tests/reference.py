@@ -6,6 +6,7 @@ differentiable to any order.
 dy: the scale against which the rounding errors of the whole are measured.
 """
 
+import functools
 import math
 
 import torch
@@ -43,8 +44,8 @@ def _affine(x, weight, bias):
 
 
 def _per_channel(parameter):
-    """(C) as it lies in (N, C, S)."""
-    return None if parameter is None else parameter.double().view(1, -1, 1)
+    """(C), or (N, C), as it lies in (N, C, S)."""
+    return None if parameter is None else parameter.double().reshape(-1, parameter.shape[-1], 1)
 
 
 def _channel_norm(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps, frozen):
@@ -56,6 +57,39 @@ def _channel_norm(input, dims, running_mean, running_var, weight, bias, use_inpu
     return _affine(x, _per_channel(weight), _per_channel(bias)).reshape(input.shape)
 
 
+def _alone(x, valid):
+    """The valid elements of (N, C, *), for which ``valid`` has flags: (1, C, how many)."""
+    return x.movedim(1, -1)[valid].T.unsqueeze(0)
+
+
+def _without_padding(function):
+    """With a mask: the layer of what each sample, or all of them together, has without its padding; zero elsewhere."""
+
+    @functools.wraps(function)
+    def masked(input, *args, mask=None, residual=None, **kwargs):
+        if mask is None:
+            return function(input, *args, residual=residual, **kwargs)
+        valid = mask.cpu().expand(input.shape[0], *input.shape[2:])
+        pieces = [valid]
+        if function.__name__ != "batch_norm":
+            samples = torch.arange(len(valid)).view(-1, *[1] * (valid.dim() - 1))
+            pieces = [valid & (samples == n) for n in range(len(valid))]
+        output = torch.zeros_like(input.double()).movedim(1, -1)
+        for piece in pieces:
+            if piece.any():
+                own = None if residual is None else _alone(residual, piece)
+                of_sample = dict(kwargs)
+                for name in ("weight", "bias"):
+                    if kwargs.get(name) is not None and kwargs[name].dim() == 2:
+                        of_sample[name] = kwargs[name][piece.flatten(1).any(1)]
+                y = function(_alone(input, piece), *args, residual=own, **of_sample)
+                output = output.masked_scatter(piece.unsqueeze(-1), y.squeeze(0).T)
+        return output.movedim(-1, 1)
+
+    return masked
+
+
+@_without_padding
 def batch_norm(
     input, running_mean, running_var, weight=None, bias=None, training=False, eps=1e-5, frozen=False, **extras
 ):
@@ -63,6 +97,7 @@ def batch_norm(
     return _finished(y, **extras)
 
 
+@_without_padding
 def instance_norm(
     input,
     running_mean=None,
@@ -78,6 +113,7 @@ def instance_norm(
     return _finished(y, **extras)
 
 
+@_without_padding
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, frozen=False, **extras):
     samples, channels = input.shape[:2]
     groups = input.double().reshape(samples, num_groups, input[0].numel() // num_groups)
@@ -95,9 +131,9 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, frozen
     return _finished(_affine(x, _moved(weight, weight_offset), bias), **extras)
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None, frozen=False, weight_offset=0, **extras):
+def rms_norm(input, normalized_shape, weight=None, eps=None, frozen=False, weight_offset=0, bias=None, **extras):
     if eps is None:  # the epsilon of the arithmetic, which the caller has to give where it is not float64
         eps = torch.finfo(torch.float64).eps
     dims = tuple(range(-len(normalized_shape), 0))
     x = _standardized(input.double(), dims, eps, centered=False, frozen=frozen)
-    return _finished(_affine(x, _moved(weight, weight_offset), None), **extras)
+    return _finished(_affine(x, _moved(weight, weight_offset), bias), **extras)

@@ -140,6 +140,36 @@ def test_equals_joined_batch(ranks, case, batch):
     ranks.run(equals_joined_batch, case, batch)
 
 
+def masked(rank, world_size, activation):
+    """Valid elements are counted over all ranks; one has none."""
+    torch.manual_seed(3)
+    x, r = (torch.randn(3 * world_size, 6, 9, dtype=torch.float64) for _ in range(2))
+    lengths = torch.randint(0, 10, (len(x),))
+    lengths[:3] = 0  # the first rank
+    mask = normops.functional.length_mask(lengths, 9)
+    x.masked_fill_(~mask.unsqueeze(1), torch.nan)
+    alone = normops.BatchNorm1d(6, dtype=torch.float64, activation=activation)
+    ours = normops.SyncBatchNorm(6, dtype=torch.float64, activation=activation)
+    leaves = [(t.clone().requires_grad_(), t[3 * rank :][:3].clone().requires_grad_()) for t in (x, r)]
+    expected = alone(leaves[0][0], leaves[1][0], mask)
+    y = ours(leaves[0][1], leaves[1][1], mask[3 * rank :][:3])
+    torch.testing.assert_close(y, expected[3 * rank :][:3])
+    expected.pow(3).sum().backward()
+    y.pow(3).sum().backward()
+    for whole, part in leaves:
+        torch.testing.assert_close(part.grad, whole.grad[3 * rank :][:3])
+    for mine, theirs in zip(ours.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(summed(mine.grad), theirs.grad)
+    torch.testing.assert_close(ours.state_dict(), alone.state_dict())
+    with expect(ValueError, "sync_batch_norm: expected mask of shape", r"got \[4\]") if rank else expect(RuntimeError):
+        ours(leaves[0][1], None, torch.ones(4, dtype=torch.bool) if rank else None)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"], ids=str)
+def test_masked(ranks, activation):
+    ranks.run(masked, activation)
+
+
 def epilogue_of_joined_batch(rank, world_size, activation, residual, memory_efficient):
     """What follows the norm sees the statistics of all ranks, forward and backward."""
     sizes = BATCHES[world_size][1]

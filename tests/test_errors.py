@@ -215,7 +215,7 @@ CHANNELS = torch.ones(6, dtype=torch.float64)
 PRIVATE = {
     "_row_norm": {
         "right": (X, 1, None, None, 1e-5, True),
-        "normalized_ndim 0": (X, 0, None, None, 1e-5, True),
+        "channels of a vector": (X.flatten(), 0, None, None, 1e-5, True),
         "normalized_ndim 4": (X, 4, None, None, 1e-5, True),
         "negative normalized_ndim": (X, -1, None, None, 1e-5, True),
         "weight": (X, 1, SIX, None, 1e-5, True),

@@ -12,8 +12,8 @@ from cases import LAZY_MODULES, MODULES, each_lazy_module, each_module
 import normops
 
 NAMES = sorted({case.name for case in MODULES + LAZY_MODULES})
-# Not of torch.nn: tested in test_layer_norm_2d.py and test_fusion.py.
-OWN = ["AddLayerNorm", "AddRMSNorm", "LayerNorm2d"]
+# Not of torch.nn: tested in files of their own.
+OWN = [name for name in normops.modules.__all__ if not hasattr(torch.nn, name)]
 # DistributedDataParallel refuses torch's class on the CPU, so ours is derived from its base.
 BASES = {"SyncBatchNorm": torch.nn.modules.batchnorm._BatchNorm}
 
@@ -44,7 +44,8 @@ def test_class(name):
     assert all(parameters.pop(p.name) == (p.kind, p.default) for p in shared)
     assert not parameters or name == "SyncBatchNorm"
     forward = list(inspect.signature(ours.forward).parameters)
-    assert forward == [*inspect.signature(theirs.forward).parameters, "residual"]
+    extras = ["residual", "mask"] if not name.endswith(("LayerNorm", "RMSNorm")) else ["residual"]
+    assert forward == [*inspect.signature(theirs.forward).parameters, *extras]
     assert ours.__doc__ and ours.__doc__ != theirs.__doc__
 
 

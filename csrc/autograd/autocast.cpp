@@ -42,6 +42,11 @@ at::Tensor cast_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normaliz
   return ops::fused_layer_norm(input, normalized_shape, weight, bias, eps);
 }
 
+at::Tensor cast_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   double eps) {
+  return ops::fused_channel_layer_norm(input, weight, bias, eps);
+}
+
 at::Tensor cast_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                          std::optional<double> eps) {
   return ops::fused_rms_norm(input, normalized_shape, weight, eps);
@@ -72,6 +77,8 @@ Tensors2 rms_norm_of_sum(const at::Tensor& input, const at::Tensor& residual, c1
 TORCH_LIBRARY_IMPL(normops, AutocastCUDA, m) {
   m.impl("layer_norm", cast_layer_norm);
   m.impl("layer_norm.fused", TORCH_FN(InFloat32<ops::fused_layer_norm>::call));
+  m.impl("channel_layer_norm", cast_channel_layer_norm);
+  m.impl("channel_layer_norm.fused", TORCH_FN(InFloat32<ops::fused_channel_layer_norm>::call));
   m.impl("add_layer_norm", layer_norm_of_sum);
   m.impl("add_rms_norm", rms_norm_of_sum);
   m.impl("group_norm", cast_group_norm);

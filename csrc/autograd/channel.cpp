@@ -1,6 +1,7 @@
 // BatchNorm, InstanceNorm and GroupNorm as torch sees them: public operators, autograd, functorch.
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -31,6 +32,7 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
     if (const auto kept = inputs_to_keep(input, output, weight, bias, /*normalized_ndim=*/0, extras)) {
       save_for_restoring(saved, bias, output, *kept);
     }
+    if (defined(extras.mask)) saved.push_back(*extras.mask);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["eps"] = eps;
     save_mask(ctx, {!defined(given_mean), defined(bias), defined(residual)});
@@ -44,8 +46,10 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
     const auto [input_stats, has_bias, has_residual] = saved_mask(ctx);
     BackwardExtras extras = saved_extras(ctx);
     restore_for_activation(extras, saved, 4);
+    const size_t next = extras.activation ? 7 : 4;
+    if (saved.size() > next && saved.size() != kSavedForRestoring) extras.mask = saved[next];
     Mask4 wanted = gradients_wanted(ctx, saved[1].defined(), has_bias, has_residual);
-    const bool same = wanted[3] && !extras.activation;  // a sum hands its gradient on as it is
+    const bool same = wanted[3] && !extras.activation && !defined(extras.mask);  // a sum hands its gradient on as it is
     wanted[3] = wanted[3] && !same;
     const double eps = ctx->saved_data["eps"].toDouble();
     at::Tensor input = saved[0], mean = saved[2];
@@ -64,8 +68,9 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
 };
 
 Layer channel_layer(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch, double eps,
-                    const OptionalTensor& mean, const OptionalTensor& var) {
-  return {channel_frame(input, num_groups, over_batch), eps, /*centered=*/true, mean, var};
+                    const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& mask = {},
+                    int64_t varying = 0) {
+  return {channel_frame(input, num_groups, over_batch, varying), eps, /*centered=*/true, mean, var, mask};
 }
 
 struct ChannelNormBackward : torch::autograd::Function<ChannelNormBackward> {
@@ -102,14 +107,15 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
                                bool over_batch, double eps, bool input_stats, Mask4 output_mask,
                                const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& output,
-                               OptionalName activation, double negative_slope) {
-  const BackwardExtras extras{as_activation(activation, negative_slope), bias, residual, output};
+                               OptionalName activation, double negative_slope, const OptionalTensor& mask,
+                               int64_t varying) {
+  const BackwardExtras extras{as_activation(activation, negative_slope), bias, residual, output, 0, {}, mask, varying};
   // The composition has derivatives of its own.
   if (composition_needed(grad_output, input, weight, bias, residual, output) ||
       (extras.any() && gradient_needed(grad_output, input, weight, bias, residual, output))) {
     const OptionalTensor none;
-    const Layer layer =
-        channel_layer(input, num_groups, over_batch, eps, input_stats ? none : mean, input_stats ? none : var);
+    const Layer layer = channel_layer(input, num_groups, over_batch, eps, input_stats ? none : mean,
+                                      input_stats ? none : var, mask, varying);
     return compose_backward(layer, grad_output, input, weight, output_mask, extras);
   }
   if (gradient_needed(grad_output, input, weight)) {
@@ -129,8 +135,9 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
                       const OptionalTensor& weight, const OptionalTensor& bias, c10::SymInt num_groups, bool over_batch,
                       double eps, const Extras& extras) {
   if (composition_needed(input, weight, bias, extras.residual)) {
-    return compose(channel_layer(input, num_groups, over_batch, eps, given_mean, given_var), input, weight, bias,
-                   extras);
+    return compose(
+        channel_layer(input, num_groups, over_batch, eps, given_mean, given_var, extras.mask, extras.varying), input,
+        weight, bias, extras);
   }
   if (gradient_needed(input, weight, bias, extras.residual)) {
     const variable_list results = record<ChannelNorm>(input, weight, bias, extras.residual, given_mean, given_var,
@@ -144,9 +151,10 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
 Tensors3 private_channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
                               const OptionalTensor& given_var, const OptionalTensor& weight, const OptionalTensor& bias,
                               c10::SymInt num_groups, bool over_batch, double eps, const OptionalTensor& residual,
-                              OptionalName activation, double negative_slope) {
+                              OptionalName activation, double negative_slope, const OptionalTensor& mask,
+                              int64_t varying) {
   return channel_norm(input, given_mean, given_var, weight, bias, std::move(num_groups), over_batch, eps,
-                      {as_activation(activation, negative_slope), residual});
+                      {as_activation(activation, negative_slope), residual, 0, false, mask, varying});
 }
 
 // Batch- and InstanceNorm with statistics of the input, which also move the running statistics.
@@ -156,18 +164,44 @@ at::Tensor norm_and_track(const at::Tensor& input, const OptionalTensor& running
   const c10::SymInt channels = input.sym_size(1);
   const auto [output, mean, var] =
       channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, over_batch, eps, extras);
-  if (defined(running_mean) && input.sym_numel() != 0) {
+  if (!defined(running_mean) || input.sym_numel() == 0) return output;
+  if (defined(extras.mask)) {
+    const at::Tensor counts = extras.mask->reshape_symint({over_batch ? 1 : input.sym_size(0), -1}).sum(1);
+    ops::update_counted_stats(*running_mean, *running_var, mean, var, momentum, counts);
+  } else {
     const c10::SymInt count = input.sym_numel() / (over_batch ? channels : channels * input.sym_size(0));
     ops::update_running_stats(*running_mean, *running_var, mean, var, momentum, count);
   }
   return output;
 }
 
-void check_affine(const char* op, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& input) {
-  const c10::SymInt channels = input.sym_size(1);
-  check_parameter(op, "weight", weight, input, channels, "channels of input");
-  check_parameter(op, "bias", bias, input, channels, "channels of input");
-}
+// Weight and bias, checked: the arguments, unless samples have parameters of their own.
+class Affine {
+  Varying own_;
+
+ public:
+  const OptionalTensor &weight, &bias;
+  const int64_t varying;
+
+  Affine(const char* op, const at::Tensor& input, const OptionalTensor& given_weight, const OptionalTensor& given_bias)
+      : own_(check(op, input, given_weight, given_bias)),
+        weight(defined(own_.weight) ? own_.weight : given_weight),
+        bias(defined(own_.bias) ? own_.bias : given_bias),
+        varying(own_.varying) {}
+  Affine(const Affine&) = delete;
+
+ private:
+  static Varying check(const char* op, const at::Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias) {
+    if (has_more_dimensions(weight, 1) || has_more_dimensions(bias, 1)) {
+      return check_varying_channels(op, input, weight, bias);
+    }
+    const c10::SymInt channels = input.sym_size(1);
+    check_parameter(op, "weight", weight, input, channels, "channels of input");
+    check_parameter(op, "bias", bias, input, channels, "channels of input");
+    return {};
+  }
+};
 
 std::string too_few_dimensions(const char* op, const at::Tensor& input) {
   return c10::str(op, ": expected input with at least 2 dimensions (N, C, ...), got shape ", input.sym_sizes());
@@ -186,9 +220,9 @@ at::Tensor batch_norm_of_nothing(const at::Tensor& input, const OptionalTensor& 
 at::Tensor fused_batch_norm(const at::Tensor& input, const OptionalTensor& running_mean,
                             const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
                             bool training, double momentum, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual, bool memory_efficient) {
+                            const OptionalTensor& residual, bool memory_efficient, const OptionalTensor& mask) {
   check_input("batch_norm", input);
-  const Extras extras =
+  Extras extras =
       check_extras("batch_norm", input, activation, negative_slope, residual, /*weight_offset=*/0, memory_efficient);
   if (input.dim() == 1 && input.sym_numel() == 0) return batch_norm_of_nothing(input, weight, bias);
   // Torch looks for the size of a dimension that is not there, unless it misses running statistics first.
@@ -197,13 +231,15 @@ at::Tensor fused_batch_norm(const at::Tensor& input, const OptionalTensor& runni
   check_channels("batch_norm", input,
                  {{"weight", weight}, {"bias", bias}, {"running_mean", running_mean}, {"running_var", running_var}},
                  "num_features");
-  check_affine("batch_norm", weight, bias, input);
+  const Affine affine("batch_norm", input, weight, bias);
+  extras.varying = affine.varying;
+  extras.mask = check_mask("batch_norm", input, mask);
   if (!training) {
     TORCH_CHECK(defined(running_mean) && defined(running_var),
                 "batch_norm: expected running_mean and running_var in evaluation (training=False), got None");
     TORCH_CHECK_VALUE(eps >= 0, "batch_norm: expected eps >= 0, got ", eps);
     check_running_stats("batch_norm", running_mean, running_var, input);
-    return std::get<0>(channel_norm(input, running_mean, running_var, weight, bias, input.sym_size(1),
+    return std::get<0>(channel_norm(input, running_mean, running_var, affine.weight, affine.bias, input.sym_size(1),
                                     /*over_batch=*/true, eps, extras));
   }
   TORCH_CHECK_VALUE(eps > 0, "batch_norm: expected eps > 0 in training, got ", eps);
@@ -211,28 +247,31 @@ at::Tensor fused_batch_norm(const at::Tensor& input, const OptionalTensor& runni
   TORCH_CHECK_VALUE(input.sym_numel() != input.sym_size(1) || input.sym_size(1) == 0,
                     "batch_norm: expected more than 1 value per channel when training, got input of shape ",
                     input.sym_sizes());
-  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/true, momentum, eps, extras);
+  return norm_and_track(input, running_mean, running_var, affine.weight, affine.bias, /*over_batch=*/true, momentum,
+                        eps, extras);
 }
 
 at::Tensor fused_instance_norm(const at::Tensor& input, const OptionalTensor& running_mean,
                                const OptionalTensor& running_var, const OptionalTensor& weight,
                                const OptionalTensor& bias, bool use_input_stats, double momentum, double eps,
                                OptionalName activation, double negative_slope, const OptionalTensor& residual,
-                               bool memory_efficient) {
+                               bool memory_efficient, const OptionalTensor& mask) {
   check_input("instance_norm", input);
-  const Extras extras =
+  Extras extras =
       check_extras("instance_norm", input, activation, negative_slope, residual, /*weight_offset=*/0, memory_efficient);
   TORCH_CHECK_VALUE(input.dim() >= 2 || !use_input_stats, too_few_dimensions("instance_norm", input));
   TORCH_CHECK_INDEX(input.dim() >= 2, too_few_dimensions("instance_norm", input));
   check_channels("instance_norm", input,
                  {{"weight", weight}, {"bias", bias}, {"running_mean", running_mean}, {"running_var", running_var}},
                  "num_features");
-  check_affine("instance_norm", weight, bias, input);
+  const Affine affine("instance_norm", input, weight, bias);
+  extras.varying = affine.varying;
+  extras.mask = check_mask("instance_norm", input, mask);
   check_running_stats("instance_norm", running_mean, running_var, input);
   if (!use_input_stats) {
     TORCH_CHECK(defined(running_mean) && defined(running_var),
                 "instance_norm: expected running_mean and running_var with use_input_stats=False, got None");
-    return std::get<0>(channel_norm(input, running_mean, running_var, weight, bias, input.sym_size(1),
+    return std::get<0>(channel_norm(input, running_mean, running_var, affine.weight, affine.bias, input.sym_size(1),
                                     /*over_batch=*/true, eps, extras));
   }
   c10::SymInt positions = 1;
@@ -240,14 +279,15 @@ at::Tensor fused_instance_norm(const at::Tensor& input, const OptionalTensor& ru
   TORCH_CHECK_VALUE(positions != 1,
                     "instance_norm: expected more than 1 spatial element when training, got input of shape ",
                     input.sym_sizes());
-  return norm_and_track(input, running_mean, running_var, weight, bias, /*over_batch=*/false, momentum, eps, extras);
+  return norm_and_track(input, running_mean, running_var, affine.weight, affine.bias, /*over_batch=*/false, momentum,
+                        eps, extras);
 }
 
 at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
-                            const OptionalTensor& residual, bool memory_efficient) {
+                            const OptionalTensor& residual, bool memory_efficient, const OptionalTensor& mask) {
   check_input("group_norm", input);
-  const Extras extras =
+  Extras extras =
       check_extras("group_norm", input, activation, negative_slope, residual, /*weight_offset=*/0, memory_efficient);
   TORCH_CHECK(input.dim() >= 2, too_few_dimensions("group_norm", input));
   TORCH_CHECK(num_groups > 0, "group_norm: expected num_groups > 0, got ", num_groups);
@@ -255,12 +295,14 @@ at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, con
   TORCH_CHECK(channels % num_groups == 0, "group_norm: expected num_groups to divide the channels of input, got ",
               num_groups, " groups and input of shape ", input.sym_sizes());
   check_channels("group_norm", input, {{"weight", weight}, {"bias", bias}}, "num_channels");
-  check_affine("group_norm", weight, bias, input);
+  const Affine affine("group_norm", input, weight, bias);
+  extras.varying = affine.varying;
+  extras.mask = check_mask("group_norm", input, mask);
   TORCH_CHECK_VALUE(input.sym_numel() != num_groups,
                     "group_norm: expected more than 1 value per group, got input of shape ", input.sym_sizes(), " in ",
                     num_groups, " groups");
-  return std::get<0>(
-      channel_norm(input, std::nullopt, std::nullopt, weight, bias, num_groups, /*over_batch=*/false, eps, extras));
+  return std::get<0>(channel_norm(input, std::nullopt, std::nullopt, affine.weight, affine.bias, num_groups,
+                                  /*over_batch=*/false, eps, extras));
 }
 
 // The overloads without extras.
@@ -268,19 +310,20 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& running_mea
                       const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
                       double eps) {
   return fused_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, {},
-                          Activation{}.negative_slope, {}, false);
+                          Activation{}.negative_slope, {}, false, {});
 }
 
 at::Tensor instance_norm(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                          const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats,
                          double momentum, double eps) {
   return fused_instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, {},
-                             Activation{}.negative_slope, {}, false);
+                             Activation{}.negative_slope, {}, false, {});
 }
 
 at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {
-  return fused_group_norm(input, std::move(num_groups), weight, bias, eps, {}, Activation{}.negative_slope, {}, false);
+  return fused_group_norm(input, std::move(num_groups), weight, bias, eps, {}, Activation{}.negative_slope, {}, false,
+                          {});
 }
 
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
@@ -290,6 +333,14 @@ void update_running_stats(const at::Tensor& running_mean, const at::Tensor& runn
   running_var.unsafeGetTensorImpl()->bump_version();
   const at::AutoDispatchBelowADInplaceOrView below;
   ops::update_running_stats(running_mean, running_var, mean, var, momentum, std::move(count));
+}
+
+void update_counted_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, const at::Tensor& count) {
+  running_mean.unsafeGetTensorImpl()->bump_version();
+  running_var.unsafeGetTensorImpl()->bump_version();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  ops::update_counted_stats(running_mean, running_var, mean, var, momentum, count);
 }
 
 // running = (1 - momentum) * running + momentum * statistic, with the unbiased variance, averaged over samples if
@@ -303,6 +354,21 @@ void compose_running_stats(const at::Tensor& running_mean, const at::Tensor& run
   move(running_mean, mean, momentum);
   const double n = double(count.guard_int(__FILE__, __LINE__));
   move(running_var, var, momentum * (n / (n - 1)));
+}
+
+// The same where every statistic has a count of its own: the average is over those of something, and if there are none
+// nothing moves. On any device.
+void compose_counted_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                           const at::Tensor& var, double momentum, const at::Tensor& count) {
+  const at::Tensor n = count.to(at::kDouble).reshape({-1, 1}), there = n > 0;
+  const at::Tensor moved = there.any(), share = there.to(at::kDouble) / there.sum().clamp_min(1);
+  const auto move = [&](const at::Tensor& running, const at::Tensor& statistic, const at::Tensor& factor) {
+    const at::Tensor value = (factor * statistic.to(at::kDouble).reshape({-1, running.size(0)})).sum(0);
+    const at::Tensor now = running.to(at::kDouble);
+    running.copy_(at::where(moved, now * (1 - momentum) + value * momentum, now));
+  };
+  move(running_mean, mean, share);
+  move(running_var, var, share * n / (n - 1).clamp_min(1));
 }
 
 }  // namespace
@@ -326,18 +392,27 @@ TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("_channel_norm", private_channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", compose_running_stats);
+  m.impl("_update_running_stats.counted", compose_counted_stats);
 }
 
 TORCH_LIBRARY_IMPL(normops, Autograd, m) {
   m.impl("_channel_norm", private_channel_norm);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
+  m.impl("_update_running_stats.counted", torch::CppFunction::makeFallthrough());
   // The stages alone have no derivative: asking for one is an error, not a wrong number.
   for (const char* stage : {"_channel_moments", "_merge_moments", "_channel_grad_sums", "_channel_grad_apply"}) {
     m.impl(stage, torch::autograd::autogradNotImplementedFallback());
   }
 }
 
-TORCH_LIBRARY_IMPL(normops, ADInplaceOrView, m) { m.impl("_update_running_stats", update_running_stats); }
+TORCH_LIBRARY_IMPL(normops, CompositeExplicitAutograd, m) {
+  m.impl("_update_running_stats.counted", compose_counted_stats);
+}
+
+TORCH_LIBRARY_IMPL(normops, ADInplaceOrView, m) {
+  m.impl("_update_running_stats", update_running_stats);
+  m.impl("_update_running_stats.counted", update_counted_stats);
+}
 
 }  // namespace normops

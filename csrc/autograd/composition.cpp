@@ -22,11 +22,20 @@ class Normalized {
  public:
   Normalized(const Layer& layer, const at::Tensor& input)
       : layer_(layer), input_(input), type_(acc_type(input)), constant_(defined(layer.mean)) {
+    if (defined(layer.mask)) {
+      const auto& sizes = layer.frame.view;
+      const at::Tensor valid = layer.mask->reshape_symint({sizes[0], 1, 1, sizes[3]});
+      masked_ = valid.logical_not();
+      count_ = valid.expand_symint({sizes[0], 1, sizes[2], sizes[3]})
+                   .sum(layer.frame.dims, /*keepdim=*/true, at::kDouble)
+                   .clamp_min(1)
+                   .to(type_);
+    }
     const at::Tensor x = view(input);
     if (constant_) {
-      center = parameter(layer.mean);
+      center = given(layer.mean);
       xhat = x - center;
-      var = parameter(layer.var);
+      var = given(layer.var);
     } else if (layer.centered) {
       center = mean(x);
       xhat = x - center;
@@ -53,13 +62,14 @@ class Normalized {
     return {low.defined() ? save(center) + save(low) : save(center), second};
   }
 
-  // Into the frame, in the type of the arithmetic, and back.
-  at::Tensor view(const at::Tensor& t) const { return t.to(type_).reshape_symint(layer_.frame.view); }
+  // Into the frame, in the type of the arithmetic, and back. What is masked is zero on both sides.
+  at::Tensor view(const at::Tensor& t) const { return valid(t.to(type_).reshape_symint(layer_.frame.view)); }
   at::Tensor parameter(const OptionalTensor& t) const {
     return t->to(type_).reshape_symint(layer_.frame.parameter_view);
   }
+  at::Tensor given(const OptionalTensor& t) const { return t->to(type_).reshape_symint(layer_.frame.given_view); }
   at::Tensor like_input(const at::Tensor& t) const {
-    return t.reshape_symint(input_.sym_sizes()).to(input_.scalar_type());
+    return valid(t).reshape_symint(input_.sym_sizes()).to(input_.scalar_type());
   }
   at::Tensor like_parameter(const at::Tensor& t) const {
     const Frame& frame = layer_.frame;
@@ -71,7 +81,10 @@ class Normalized {
     return offset == 0 ? t * parameter(weight) : t * (parameter(weight) + offset);
   }
 
-  at::Tensor mean(const at::Tensor& t) const { return t.mean(layer_.frame.dims, /*keepdim=*/true); }
+  at::Tensor mean(const at::Tensor& t) const {
+    if (!masked_.defined()) return t.mean(layer_.frame.dims, /*keepdim=*/true);
+    return valid(t).sum(layer_.frame.dims, /*keepdim=*/true) / count_;
+  }
 
   // The derivative of xhat by x is rstd * project: u less its components along 1 and along xhat.
   at::Tensor project(const at::Tensor& u) const {
@@ -95,19 +108,36 @@ class Normalized {
   const at::Tensor& input_;
   at::ScalarType type_;
   bool constant_;
+  at::Tensor masked_, count_;  // of elements that share a statistic
+
+  at::Tensor valid(const at::Tensor& t) const { return masked_.defined() ? t.masked_fill(masked_, 0) : t; }
 };
 
 at::Tensor plus(const at::Tensor& a, const at::Tensor& b) { return a.defined() ? a + b : b; }
 
 }  // namespace
 
-Frame row_frame(const at::Tensor& input, int64_t normalized_ndim) {
+Frame row_frame(const at::Tensor& input, int64_t normalized_ndim, int64_t varying) {
   Frame frame;
+  if (normalized_ndim == 0) {  // the channels
+    for (int64_t d = 0; d < input.dim(); ++d) {
+      frame.view.push_back(input.sym_size(d));
+      frame.parameter_view.push_back(d == 1 ? input.sym_size(d) : c10::SymInt(1));
+      frame.statistics_shape.push_back(d == 1 ? c10::SymInt(1) : input.sym_size(d));
+      if (d != 1) frame.parameter_dims.push_back(d);
+    }
+    frame.dims = {1};
+    frame.parameter_shape = {input.sym_size(1)};
+    frame.save_rstd = true;
+    return frame;
+  }
   const int64_t first = input.dim() - normalized_ndim;
   for (int64_t d = 0; d < input.dim(); ++d) {
     frame.view.push_back(input.sym_size(d));
     if (d < first) {
-      frame.parameter_dims.push_back(d);
+      const bool differs = (varying >> d & 1) != 0;
+      if (!differs) frame.parameter_dims.push_back(d);
+      if (varying) frame.parameter_shape.push_back(differs ? input.sym_size(d) : c10::SymInt(1));
       frame.statistics_shape.push_back(input.sym_size(d));
     } else {
       frame.dims.push_back(d);
@@ -120,7 +150,7 @@ Frame row_frame(const at::Tensor& input, int64_t normalized_ndim) {
   return frame;
 }
 
-Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch) {
+Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch, int64_t varying) {
   const c10::SymInt channels = input.sym_size(1);
   const c10::SymInt group_size = num_groups == 0 ? c10::SymInt(0) : channels / num_groups;
   c10::SymInt positions = 1;
@@ -136,8 +166,13 @@ Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool
   }
   frame.save_rstd = false;
   frame.parameter_shape = {channels};
-  frame.parameter_view = {1, num_groups, group_size, 1};
+  frame.parameter_view = frame.given_view = {1, num_groups, group_size, 1};
   frame.parameter_dims = {0, 3};
+  if (varying) {
+    frame.parameter_shape = {input.sym_size(0), channels};
+    frame.parameter_view = {input.sym_size(0), num_groups, group_size, 1};
+    frame.parameter_dims = {3};
+  }
   return frame;
 }
 

@@ -17,12 +17,14 @@ struct Frame {
   at::DimVector dims;
   c10::SymDimVector parameter_shape;
   c10::SymDimVector parameter_view;
+  c10::SymDimVector given_view;  // of statistics that are constants
   at::DimVector parameter_dims;
   c10::SymDimVector statistics_shape;
   bool save_rstd;  // the statistic saved beside the mean: rstd of rows, var of channels
 };
-Frame row_frame(const at::Tensor& input, int64_t normalized_ndim);
-Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch);
+// `normalized_ndim` as in private operators: how many dimensions are a row, or 0 for the channels, dimension 1.
+Frame row_frame(const at::Tensor& input, int64_t normalized_ndim, int64_t varying = 0);
+Frame channel_frame(const at::Tensor& input, const c10::SymInt& num_groups, bool over_batch, int64_t varying = 0);
 
 struct Layer {
   Frame frame;
@@ -30,6 +32,7 @@ struct Layer {
   bool centered = true;   // false: RMSNorm
   OptionalTensor mean{};  // statistics that are constants (evaluation)
   OptionalTensor var{};
+  OptionalTensor mask{};  // (N, *positions), of channels: elements that count, and whose results are not zero
 };
 
 // What the engine's forward returns: the output, and the statistics in float64, which have no derivative.

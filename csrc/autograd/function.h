@@ -61,10 +61,11 @@ inline Mask4 gradients_wanted(AutogradContext* ctx, bool has_weight, bool has_bi
 
 // The extras of a layer that has some, in entries that others do without.
 inline void save_extras(AutogradContext* ctx, const Extras& extras) {
-  if (!extras.activation && extras.weight_offset == 0) return;
+  if (!extras.activation && extras.weight_offset == 0 && !extras.varying) return;
   ctx->saved_data["activation"] = int64_t(extras.activation.kind);
   ctx->saved_data["negative_slope"] = extras.activation.negative_slope;
   ctx->saved_data["weight_offset"] = extras.weight_offset;
+  ctx->saved_data["varying"] = extras.varying;
 }
 
 inline BackwardExtras saved_extras(AutogradContext* ctx) {
@@ -73,6 +74,7 @@ inline BackwardExtras saved_extras(AutogradContext* ctx) {
   BackwardExtras extras;
   extras.activation = {int(data.at("activation").toInt()), data.at("negative_slope").toDouble()};
   extras.weight_offset = data.at("weight_offset").toDouble();
+  extras.varying = data.at("varying").toInt();
   return extras;
 }
 

@@ -89,7 +89,9 @@ std::optional<KeptInputs> inputs_to_keep(const at::Tensor& input, const at::Tens
                                          const OptionalTensor& weight, const OptionalTensor& bias,
                                          int64_t normalized_ndim, const Extras& extras) {
   // What a compiler traces has no values to look at; what is saved is then the compiler's affair.
-  if (!extras.memory_efficient || at::isTensorSubclassLike(input) || input.is_meta() || input.numel() == 0) return {};
+  if (!extras.memory_efficient || defined(extras.mask) || extras.varying || at::isTensorSubclassLike(input) ||
+      input.is_meta() || input.numel() == 0)
+    return {};
   const bool narrow = acc_type(input) != input.scalar_type();
   if (narrow && is_elu(extras.activation)) return {};
   const auto view = [&](const at::Tensor& t) { return normalized_ndim ? as_matrix(t, normalized_ndim) : t; };

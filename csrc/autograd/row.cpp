@@ -1,5 +1,6 @@
 // LayerNorm and RMSNorm as torch sees them: public operators, autograd, functorch.
 
+#include <ATen/ops/movedim.h>
 #include <torch/library.h>
 
 #include "../checks.h"
@@ -132,14 +133,14 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
                            bool centered, Mask4 output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
                            const OptionalTensor& output, OptionalName activation, double negative_slope,
-                           double weight_offset, const OptionalTensor& grad_sum) {
+                           double weight_offset, const OptionalTensor& grad_sum, int64_t varying) {
   const BackwardExtras extras{
-      as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum};
+      as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum, {}, varying};
   // The composition has derivatives of its own.
   if (composition_needed(grad_output, input, weight, bias, residual, output, grad_sum) ||
       (extras.any() && gradient_needed(grad_output, input, weight, bias, residual, output, grad_sum))) {
-    return compose_backward({row_frame(input, normalized_ndim), eps, centered}, grad_output, input, weight, output_mask,
-                            extras);
+    return compose_backward({row_frame(input, normalized_ndim, varying), eps, centered}, grad_output, input, weight,
+                            output_mask, extras);
   }
   if (gradient_needed(grad_output, input, weight)) {
     const Mask3 mask{output_mask[0], output_mask[1], output_mask[2]};
@@ -156,7 +157,7 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered, const Extras& extras, bool with_statistics) {
   if (composition_needed(input, weight, bias, extras.residual)) {
-    return compose({row_frame(input, normalized_ndim), eps, centered}, input, weight, bias, extras);
+    return compose({row_frame(input, normalized_ndim, extras.varying), eps, centered}, input, weight, bias, extras);
   }
   if (gradient_needed(input, weight, bias, extras.residual)) {
     const variable_list results =
@@ -170,9 +171,11 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
 
 Tensors3 row_norm_and_statistics(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                                  const OptionalTensor& bias, double eps, bool centered, const OptionalTensor& residual,
-                                 OptionalName activation, double negative_slope, double weight_offset) {
+                                 OptionalName activation, double negative_slope, double weight_offset,
+                                 int64_t varying) {
   return row_norm(input, normalized_ndim, weight, bias, eps, centered,
-                  {as_activation(activation, negative_slope), residual, weight_offset}, /*with_statistics=*/true);
+                  {as_activation(activation, negative_slope), residual, weight_offset, false, {}, varying},
+                  /*with_statistics=*/true);
 }
 
 Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64_t normalized_ndim,
@@ -201,28 +204,85 @@ void check_rows(const char* op, const at::Tensor& input, c10::SymIntArrayRef nor
   check_parameter(op, "bias", bias, input, normalized_shape, "normalized_shape");
 }
 
+// Parameters have the shape of a row, or, where one of them has more dimensions, one that is broadcast to the input's.
+at::Tensor norm_rows(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+                     const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool centered,
+                     Extras extras) {
+  const size_t ndim = normalized_shape.size();
+  if (!has_more_dimensions(weight, ndim) && !has_more_dimensions(bias, ndim)) {
+    check_rows(op, input, normalized_shape, weight, bias);
+    return std::get<0>(row_norm(input, ndim, weight, bias, eps, centered, extras, /*with_statistics=*/false));
+  }
+  check_rows(op, input, normalized_shape, {}, {});
+  const Varying own = check_varying_rows(op, input, normalized_shape, weight, bias);
+  extras.varying = own.varying;
+  return std::get<0>(row_norm(input, ndim, own.weight, own.bias, eps, centered, extras, /*with_statistics=*/false));
+}
+
 at::Tensor fused_layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                             const OptionalTensor& bias, double eps, OptionalName activation, double negative_slope,
                             const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
-  check_rows("layer_norm", input, normalized_shape, weight, bias);
-  const Extras extras =
-      check_extras("layer_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient);
-  return std::get<0>(row_norm(input, normalized_shape.size(), weight, bias, eps, /*centered=*/true, extras,
-                              /*with_statistics=*/false));
+  return norm_rows(
+      "layer_norm", input, normalized_shape, weight, bias, eps, /*centered=*/true,
+      check_extras("layer_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient));
 }
 
 at::Tensor fused_rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                           std::optional<double> eps, OptionalName activation, double negative_slope,
-                          const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
-  check_rows("rms_norm", input, normalized_shape, weight, std::nullopt);
-  const Extras extras =
-      check_extras("rms_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient);
-  return std::get<0>(row_norm(input, normalized_shape.size(), weight, std::nullopt,
-                              eps.value_or(default_rms_eps(input)), /*centered=*/false, extras,
-                              /*with_statistics=*/false));
+                          const OptionalTensor& residual, double weight_offset, bool memory_efficient,
+                          const OptionalTensor& bias) {
+  return norm_rows(
+      "rms_norm", input, normalized_shape, weight, bias, eps.value_or(default_rms_eps(input)),
+      /*centered=*/false,
+      check_extras("rms_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient));
+}
+
+// LayerNorm and RMSNorm over the channels: of rows, where channels lie side by side, and otherwise as they are.
+at::Tensor norm_channels(const char* op, const at::Tensor& input, const OptionalTensor& weight,
+                         const OptionalTensor& bias, double eps, bool centered, Extras extras) {
+  check_input(op, input);
+  TORCH_CHECK_VALUE(input.dim() >= 2, op, ": expected input with at least 2 dimensions (N, C, ...), got shape ",
+                    input.sym_sizes());
+  check_channels(op, input, {{"weight", weight}, {"bias", bias}}, "num_channels");
+  check_parameter(op, "weight", weight, input, input.sym_size(1), "channels of input");
+  check_parameter(op, "bias", bias, input, input.sym_size(1), "channels of input");
+  if (input.sym_stride(1) != 1 || input.sym_size(1) == 1) {
+    return std::get<0>(row_norm(input, /*normalized_ndim=*/0, weight, bias, eps, centered, extras,
+                                /*with_statistics=*/false));
+  }
+  if (defined(extras.residual)) extras.residual = extras.residual->movedim(1, -1);
+  return std::get<0>(row_norm(input.movedim(1, -1), /*normalized_ndim=*/1, weight, bias, eps, centered, extras,
+                              /*with_statistics=*/false))
+      .movedim(-1, 1);
+}
+
+at::Tensor fused_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                    double eps, OptionalName activation, double negative_slope,
+                                    const OptionalTensor& residual, double weight_offset) {
+  return norm_channels("channel_layer_norm", input, weight, bias, eps, /*centered=*/true,
+                       check_extras("channel_layer_norm", input, activation, negative_slope, residual, weight_offset,
+                                    /*memory_efficient=*/false));
+}
+
+at::Tensor fused_channel_rms_norm(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps,
+                                  OptionalName activation, double negative_slope, const OptionalTensor& residual,
+                                  double weight_offset, const OptionalTensor& bias) {
+  return norm_channels("channel_rms_norm", input, weight, bias, eps.value_or(default_rms_eps(input)),
+                       /*centered=*/false,
+                       check_extras("channel_rms_norm", input, activation, negative_slope, residual, weight_offset,
+                                    /*memory_efficient=*/false));
 }
 
 // The overloads without extras.
+at::Tensor channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                              double eps) {
+  return fused_channel_layer_norm(input, weight, bias, eps, {}, Activation{}.negative_slope, {}, 0);
+}
+
+at::Tensor channel_rms_norm(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps) {
+  return fused_channel_rms_norm(input, weight, eps, {}, Activation{}.negative_slope, {}, 0, {});
+}
+
 at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                       const OptionalTensor& bias, double eps) {
   return fused_layer_norm(input, normalized_shape, weight, bias, eps, {}, Activation{}.negative_slope, {}, 0, false);
@@ -230,7 +290,7 @@ at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_sh
 
 at::Tensor rms_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                     std::optional<double> eps) {
-  return fused_rms_norm(input, normalized_shape, weight, eps, {}, Activation{}.negative_slope, {}, 0, false);
+  return fused_rms_norm(input, normalized_shape, weight, eps, {}, Activation{}.negative_slope, {}, 0, false, {});
 }
 
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
@@ -259,6 +319,10 @@ TORCH_LIBRARY_IMPL(normops, CompositeImplicitAutograd, m) {
   m.impl("layer_norm.fused", fused_layer_norm);
   m.impl("rms_norm", rms_norm);
   m.impl("rms_norm.fused", fused_rms_norm);
+  m.impl("channel_layer_norm", channel_layer_norm);
+  m.impl("channel_layer_norm.fused", fused_channel_layer_norm);
+  m.impl("channel_rms_norm", channel_rms_norm);
+  m.impl("channel_rms_norm.fused", fused_channel_rms_norm);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_rms_norm", add_rms_norm);
 }
@@ -268,6 +332,10 @@ TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("layer_norm.fused", fused_layer_norm);
   m.impl("rms_norm", rms_norm);
   m.impl("rms_norm.fused", fused_rms_norm);
+  m.impl("channel_layer_norm", channel_layer_norm);
+  m.impl("channel_layer_norm.fused", fused_channel_layer_norm);
+  m.impl("channel_rms_norm", channel_rms_norm);
+  m.impl("channel_rms_norm.fused", fused_channel_rms_norm);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("_row_norm", row_norm_and_statistics);

@@ -10,6 +10,7 @@
 #include "../activation.h"
 #include "../tensors.h"
 #include "kernels.h"
+#include "mask.h"
 #include "memory.h"
 
 namespace normops::cpu {
@@ -42,14 +43,16 @@ struct Scratch {
   std::unique_ptr<A[]> data;
 };
 
-// A weight or bias, of the input's type or of the arithmetic's, or what an absent one stands for.
+// A weight or bias, of the input's type or of the arithmetic's, or what an absent one stands for. `apart`: from one
+// sample's to the next, where each has its own, and zero otherwise; said of an absent one as well.
 template <typename T>
 struct Parameter {
   const T* own = nullptr;
   const Acc<T>* data = nullptr;
   double absent;
+  int64_t apart;
 
-  Parameter(const at::Tensor& tensor, double absent) : absent(absent) {
+  Parameter(const at::Tensor& tensor, double absent, int64_t apart = 0) : absent(absent), apart(apart) {
     if (!tensor.defined()) return;
     if (tensor.scalar_type() == c10::CppTypeToScalarType<T>::value)
       own = tensor.const_data_ptr<T>();
@@ -57,6 +60,25 @@ struct Parameter {
       data = tensor.const_data_ptr<Acc<T>>();
   }
   double operator[](int64_t channel) const { return own ? Acc<T>(own[channel]) : data ? data[channel] : absent; }
+};
+
+// Coefficients come in sets of one for each channel: one set for each row of statistics, or, where they have parameters
+// of their own, for each sample.
+struct CoefficientRows {
+  int64_t per_row, count;
+
+  template <typename T>
+  CoefficientRows(const Geometry& g, const Parameter<T>& weight)
+      : per_row(weight.apart ? g.samples_per_row() : 1),
+        count(g.rows() * per_row),
+        samples_per_set_(g.samples / count) {}
+
+  int64_t first(int64_t row) const { return row * per_row; }
+  int64_t row_of(int64_t set) const { return set / per_row; }
+  int64_t of(int64_t sample) const { return sample / samples_per_set_; }
+
+ private:
+  int64_t samples_per_set_;
 };
 
 // Sums of dy and dy * xhat per channel over all of the `count` elements that share a statistic. Null: over this input.
@@ -80,10 +102,13 @@ struct Epilogue {
   explicit operator bool() const { return activation || residual.data; }
 };
 
-// Any of the three stages can be left out: the first where statistics are given, the last where y is null.
+// Any of the three stages can be left out: the first where statistics are given, the last where y is null. With a mask,
+// statistics are of valid elements, and results are zero elsewhere. Where each sample has parameters of its own, so has
+// each coefficients, and the gradients of parameters are (samples, channels).
 template <typename T>
 void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,
-                     double eps, bool given, double* stat_mean, double* stat_var, const Epilogue<T>& epilogue = {});
+                     double eps, bool given, double* stat_mean, double* stat_var, const Epilogue<T>& epilogue = {},
+                     const Mask* mask = nullptr);
 
 // dx = weight * rstd * dy + slope * (x - center) + shift (statistics.h); the last two terms are absent where the
 // statistics are constants (evaluation). The first stage is left out where nothing needs sums of this input: they may
@@ -92,7 +117,15 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
 template <typename T>
 void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Parameter<T> weight,
                       const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
-                      double* dweight, double* dbias, const Epilogue<T>& epilogue = {});
+                      double* dweight, double* dbias, const Epilogue<T>& epilogue = {}, const Mask* mask = nullptr);
+
+// What a mask, of bools and as many of them as samples have positions, says of an input: undefined if all of it is
+// valid, so that nothing is done otherwise than without a mask.
+at::Tensor as_flags(const OptionalTensor& mask, const at::Tensor& input);
+inline std::optional<Mask> mask_of(const Geometry& g, const at::Tensor& flags) {
+  return flags.defined() && g.elements() > 0 ? std::optional<Mask>(std::in_place, g, flags.const_data_ptr<bool>())
+                                             : std::nullopt;
+}
 
 // New tensors without the dispatcher: it would take longer than the elements of a small input.
 inline at::Tensor new_like(const at::Tensor& input) {

@@ -10,9 +10,11 @@
 #include <tuple>
 
 #include "../extras.h"
+#include "extremes.h"
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
+#include "position.h"
 #include "row_epilogue.h"
 
 namespace normops::cpu {
@@ -45,26 +47,102 @@ const at::Tensor& like(const at::Tensor& input, const at::Tensor& tensor) {
   return tensor;
 }
 
+// Which rows share a weight and a bias. `varying` has a bit for each dimension of the input along which these differ;
+// without any, all rows share them.
+class Sharing {
+ public:
+  Sharing(const at::Tensor& input, int64_t rows, int64_t normalized_ndim, int64_t varying) : run_(rows) {
+    const int64_t leading = input.dim() - normalized_ndim;
+    int64_t last = leading;
+    while (last > 0 && !(varying >> (last - 1) & 1)) --last;
+    for (int64_t d = 0; d < last; ++d) {
+      const bool differs = (varying >> d & 1) != 0;
+      dims_.push_back({input.size(d), differs});
+      if (differs) sets_ *= input.size(d);
+      run_ = input.size(d) > 0 ? run_ / input.size(d) : 0;
+    }
+    shared_ = sets_ > 0 ? rows / sets_ : 0;
+  }
+
+  int64_t sets() const { return sets_; }      // of parameters
+  int64_t shared() const { return shared_; }  // rows that share one
+
+  // f(set, first row, last row) for rows of [begin, end) that follow each other and share a set.
+  template <typename F>
+  void for_rows(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t row = begin; row < end;) {
+      const int64_t next = std::min(end, (row / run_ + 1) * run_);
+      f(set_of(row / run_), row, next);
+      row = next;
+    }
+  }
+  // The same for rows of one set, counted among themselves.
+  template <typename F>
+  void for_rows_of(int64_t set, int64_t begin, int64_t end, const F& f) const {
+    for (int64_t own = begin; own < end;) {
+      const int64_t next = std::min(end, (own / run_ + 1) * run_), first = run_of(set, own / run_) * run_ + own % run_;
+      f(first, first + next - own);
+      own = next;
+    }
+  }
+
+ private:
+  struct Dimension {
+    int64_t size;
+    bool differs;
+  };
+
+  int64_t set_of(int64_t run) const {
+    int64_t set = 0, step = 1;
+    for (auto d = dims_.rbegin(); d != dims_.rend(); ++d) {
+      if (d->differs) {
+        set += run % d->size * step;
+        step *= d->size;
+      }
+      run /= d->size;
+    }
+    return set;
+  }
+  int64_t run_of(int64_t set, int64_t own) const {
+    int64_t run = 0, step = 1;
+    for (auto d = dims_.rbegin(); d != dims_.rend(); ++d) {
+      int64_t& left = d->differs ? set : own;
+      run += left % d->size * step;
+      left /= d->size;
+      step *= d->size;
+    }
+    return run;
+  }
+
+  c10::SmallVector<Dimension, 4> dims_;  // up to the last that differs
+  int64_t sets_ = 1, shared_, run_;
+};
+
 // A weight or bias as the kernels read it. Most in float lie that way already; one of the input's own type is widened
 // here rather than by torch, whose conversion takes longer than the rows of a small input.
 template <typename T>
 struct RowParameter {
   at::Tensor tensor;
+  int64_t apart;  // from one set to the next
 
-  RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t length, const char* name,
-               double offset = 0) {
+  RowParameter(const OptionalTensor& parameter, const at::Tensor& input, int64_t sets, int64_t length, const char* name,
+               double offset = 0)
+      : apart(length) {
     if (!defined(parameter)) return;
-    tensor = std::is_same_v<T, Acc<T>> ? as_parameter(parameter, input, length, acc_type(input), name)
-                                       : as_own_parameter(parameter, input, length, name);
+    tensor = std::is_same_v<T, Acc<T>> ? as_parameter(parameter, input, sets * length, acc_type(input), name)
+                                       : as_own_parameter(parameter, input, sets * length, name);
     const Kernels<T>& kernel = kernels().of<T>();
     const bool widen = tensor.scalar_type() != acc_type(input);
     if (!widen && kernel.memory_order && length % kernel.pack_size == 0 && offset == 0) return;
-    const at::Tensor packed = at::detail::empty_cpu({padded(length)}, input.options().dtype(acc_type(input)));
+    apart = padded(length);
+    const at::Tensor packed = at::detail::empty_cpu({sets * apart}, input.options().dtype(acc_type(input)));
     Acc<T>* const target = packed.mutable_data_ptr<Acc<T>>();
-    if (widen)
-      kernel.widen_parameter(tensor.const_data_ptr<T>(), length, target);
-    else
-      kernel.pack_parameter(tensor.const_data_ptr<Acc<T>>(), length, target);
+    for (int64_t set = 0; set < sets; ++set) {
+      if (widen)
+        kernel.widen_parameter(tensor.const_data_ptr<T>() + set * length, length, target + set * apart);
+      else
+        kernel.pack_parameter(tensor.const_data_ptr<Acc<T>>() + set * length, length, target + set * apart);
+    }
     if (offset != 0) {
       for (int64_t i = 0; i < packed.numel(); ++i) target[i] = Acc<T>(double(target[i]) + offset);
     }
@@ -76,29 +154,43 @@ struct RowParameter {
     return (length + size - 1) / size * size;
   }
 
-  const Acc<T>* data() const { return tensor.defined() ? tensor.const_data_ptr<Acc<T>>() : nullptr; }
+  const Acc<T>* data(int64_t set = 0) const {
+    return tensor.defined() ? tensor.const_data_ptr<Acc<T>>() + set * apart : nullptr;
+  }
 };
 
-// The gradient of a weight or bias from the sums of all blocks.
+// The gradient of a weight or bias from the sums of all blocks, of which every set has `blocks`.
 template <typename T>
-at::Tensor sum_blocks(const Acc<T>* sums, int64_t blocks, int64_t stride, at::IntArrayRef shape,
+at::Tensor sum_blocks(const Acc<T>* sums, int64_t sets, int64_t blocks, int64_t stride, at::IntArrayRef shape,
                       at::TensorOptions options) {
-  if (blocks == 0) return at::zeros(shape, options);
+  if (sets * blocks == 0) return at::zeros(shape, options);
   at::Tensor result = at::detail::empty_cpu(shape, options);
   Acc<T>* const total = result.mutable_data_ptr<Acc<T>>();
-  const int64_t length = result.numel(), unit = 16 * kernels().of<T>().pack_size;
-  parallel((length + unit - 1) / unit, unit * blocks, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * unit;
-    kernels().of<T>().sum_blocks(sums + from, blocks, stride, std::min(length, end * unit) - from, total + from);
+  const int64_t length = result.numel() / sets, unit = 16 * kernels().of<T>().pack_size;
+  const int64_t units = (length + unit - 1) / unit;
+  parallel(sets * units, unit * blocks, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t set = begin / units, last = std::min(end, (set + 1) * units);
+      const int64_t from = (begin - set * units) * unit, to = std::min(length, (last - set * units) * unit);
+      kernels().of<T>().sum_blocks(sums + set * blocks * stride + from, blocks, stride, to - from,
+                                   total + set * length + from);
+      begin = last;
+    }
   });
   return result;
 }
 
 Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool centered, const OptionalTensor& residual,
-                  OptionalName activation, double negative_slope, double weight_offset) {
+                  OptionalName activation, double negative_slope, double weight_offset, int64_t varying) {
+  if (normalized_ndim == 0) {
+    return position_norm(input, weight, bias, eps, centered,
+                         {as_activation(activation, negative_slope), residual, weight_offset});
+  }
   int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
   std::tie(rows, length) = row_shape(input, normalized_ndim);
+  const Sharing sharing(input, rows, normalized_ndim, varying);
+  const int64_t sets = sharing.sets();
   const at::Tensor x = as_rows(input, rows, length);
   const at::Tensor added = defined(residual) ? as_rows(like(input, *residual), rows, length) : at::Tensor();
   const Activation kind = as_activation(activation, negative_slope);
@@ -114,20 +206,35 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
     double* const rstds = rstd.mutable_data_ptr<double>();
     if (kind || added.defined()) {
       using A = Acc<scalar_t>;
-      const RowParameter<A> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
-      const RowForward<A> layer{length, {}, {}, w.data(), b.data(), eps, centered, means, rstds};
+      const RowParameter<A> w(weight, input, sets, length, "weight", weight_offset);
+      const RowParameter<A> b(bias, input, sets, length, "bias");
+      const RowForward<A> layer{length, {}, {}, nullptr, nullptr, eps, centered, means, rstds};
       const Lines<const scalar_t> from = lines<const scalar_t>(x);
       const Lines<const scalar_t> plus = added.defined() ? lines<const scalar_t>(added) : Lines<const scalar_t>{};
       parallel(rows, length, [&](int64_t begin, int64_t end) {
-        forward_epilogue<scalar_t>(layer, from, to, plus, kind, begin, end);
+        sharing.for_rows(begin, end, [&](int64_t set, int64_t first, int64_t last) {
+          RowForward<A> own = layer;
+          own.weight = w.data(set);
+          own.bias = b.data(set);
+          forward_epilogue<scalar_t>(own, from, to, plus, kind, first, last);
+        });
       });
       return;
     }
-    const RowParameter<scalar_t> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
-    const RowForward<scalar_t> args{length, lines<const scalar_t>(x), to, w.data(), b.data(), eps, centered, means,
+    const RowParameter<scalar_t> w(weight, input, sets, length, "weight", weight_offset);
+    const RowParameter<scalar_t> b(bias, input, sets, length, "bias");
+    const RowForward<scalar_t> args{length, lines<const scalar_t>(x), to, nullptr, nullptr, eps, centered, means,
                                     rstds};
     const auto run = kernels().of<scalar_t>().row_forward;
-    parallel(rows, length, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+    parallel(rows, length, [&](int64_t begin, int64_t end) {
+      sharing.for_rows(begin, end, [&](int64_t set, int64_t first, int64_t last) {
+        RowForward<scalar_t> own = args;
+        own.weight = w.data(set);
+        own.bias = b.data(set);
+        run(own, first, last);
+        mend_rows(own, first, last);
+      });
+    });
   });
   // LayerNorm is always contiguous, as torch's.
   return {centered ? output : in_format_of(input, output), mean, rstd};
@@ -148,7 +255,8 @@ Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64
   at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_add_row_norm", [&] {
-    const RowParameter<scalar_t> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
+    const RowParameter<scalar_t> w(weight, input, 1, length, "weight", weight_offset);
+    const RowParameter<scalar_t> b(bias, input, 1, length, "bias");
     const Lines<const scalar_t> first = lines<const scalar_t>(x), second = lines<const scalar_t>(added);
     const Lines<scalar_t> to{sum.mutable_data_ptr<scalar_t>(), length};
     const RowForward<scalar_t> args{length,
@@ -165,6 +273,7 @@ Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64
       for_row_pieces(begin, end, rows_together(length), [&](int64_t row, int64_t count) {
         kernel.sum_lines(from_row(first, row), from_row(second, row), from_row(to, row), count, length);
         kernel.row_forward(args, row, row + count);
+        mend_rows(args, row, row + count);
       });
     });
   });
@@ -175,9 +284,16 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
                            bool centered, Mask4 output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
                            const OptionalTensor& output, OptionalName activation, double negative_slope,
-                           double weight_offset, const OptionalTensor& grad_sum) {
+                           double weight_offset, const OptionalTensor& grad_sum, int64_t varying) {
+  if (normalized_ndim == 0) {
+    return position_norm_backward(
+        grad_output, input, mean, rstd, weight, eps, centered, output_mask,
+        {as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum});
+  }
   int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
   std::tie(rows, length) = row_shape(input, normalized_ndim);
+  const Sharing sharing(input, rows, normalized_ndim, varying);
+  const int64_t sets = sharing.sets();
   const auto matrix = [&](const OptionalTensor& tensor) {
     return defined(tensor) ? as_rows(like(input, *tensor), rows, length) : at::Tensor();
   };
@@ -204,57 +320,71 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     const Lines<const scalar_t> grads = lines<const scalar_t>(dy), inputs = lines<const scalar_t>(x);
     const Lines<const scalar_t> summand = data_or_null(more);
     const Lines<scalar_t> to{dx.defined() ? dx.mutable_data_ptr<scalar_t>() : nullptr, length};
-    const int64_t block = rows_per_block(rows, length);
-    const int64_t blocks = (rows + block - 1) / block;
-    // Sums for dweight and dbias: run(args, begin, end) adds those of its rows to the block's.
+    const int64_t block = rows_per_block(sharing.shared(), length);
+    const int64_t blocks = (sharing.shared() + block - 1) / block;  // of each set
+    // Sums for dweight and dbias: run(args, set, begin, end) adds those of its rows to the block's.
     const auto each_block = [&](auto args, const auto& run) {
       using E = std::remove_const_t<std::remove_pointer_t<decltype(args.dx.data)>>;
       const int64_t stride = RowParameter<E>::padded(length);
       at::Tensor partial;
-      if (params) partial = at::detail::empty_cpu({2, blocks, stride}, input.options().dtype(acc_type(input)));
+      if (params) partial = at::detail::empty_cpu({2, sets * blocks, stride}, input.options().dtype(acc_type(input)));
       A* const sums = params ? partial.template mutable_data_ptr<A>() : nullptr;
-      parallel(blocks, block * length, [&](int64_t begin, int64_t end) {
+      parallel(sets * blocks, block * length, [&](int64_t begin, int64_t end) {
         auto own = args;
         for (int64_t i = begin; i < end; ++i) {
           if (params) {
             own.dweight = sums + i * stride;
-            own.dbias = sums + (blocks + i) * stride;
+            own.dbias = sums + (sets * blocks + i) * stride;
             std::fill_n(own.dweight, stride, A(0));
             std::fill_n(own.dbias, stride, A(0));
           }
-          run(own, i * block, std::min(rows, (i + 1) * block));
+          const int64_t set = i / blocks, from = i % blocks * block;
+          sharing.for_rows_of(set, from, std::min(sharing.shared(), from + block),
+                              [&](int64_t first, int64_t last) { run(own, set, first, last); });
         }
       });
-      const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
-      if (output_mask[1]) dweight = sum_blocks<E>(sums, blocks, stride, shape, partial.options());
-      if (output_mask[2]) dbias = sum_blocks<E>(sums + blocks * stride, blocks, stride, shape, partial.options());
+      at::DimVector shape(input.sizes().slice(input.dim() - normalized_ndim));
+      for (int64_t d = input.dim() - normalized_ndim - 1; varying && d >= 0; --d) {
+        shape.insert(shape.begin(), varying >> d & 1 ? input.size(d) : 1);
+      }
+      if (output_mask[1]) dweight = sum_blocks<E>(sums, sets, blocks, stride, shape, partial.options());
+      if (output_mask[2]) {
+        dbias = sum_blocks<E>(sums + sets * blocks * stride, sets, blocks, stride, shape, partial.options());
+      }
     };
     const double* const mean_data = means.const_data_ptr<double>();
     const double* const rstd_data = rstds.const_data_ptr<double>();
     if (kind) {
-      const RowParameter<A> w(weight, input, length, "weight", weight_offset), b(bias, input, length, "bias");
+      const RowParameter<A> w(weight, input, sets, length, "weight", weight_offset);
+      const RowParameter<A> b(bias, input, sets, length, "bias");
       const RowEpilogue<scalar_t> epilogue{
           kind,
-          {length, {}, {}, w.data(), b.data(), eps, centered, nullptr, nullptr},
+          {length, {}, {}, nullptr, nullptr, eps, centered, nullptr, nullptr},
           data_or_null(added),
           data_or_null(y),
           {dresidual.defined() ? dresidual.mutable_data_ptr<scalar_t>() : nullptr, length}};
-      each_block(RowBackward<A>{length, {}, {}, {}, w.data(), mean_data, rstd_data, centered, nullptr, nullptr},
-                 [&](const RowBackward<A>& args, int64_t begin, int64_t end) {
-                   backward_epilogue<scalar_t>(args, grads, inputs, to, epilogue, begin, end);
+      each_block(RowBackward<A>{length, {}, {}, {}, nullptr, mean_data, rstd_data, centered, nullptr, nullptr},
+                 [&](RowBackward<A> args, int64_t set, int64_t begin, int64_t end) {
+                   RowEpilogue<scalar_t> own = epilogue;
+                   args.weight = own.layer.weight = w.data(set);
+                   own.layer.bias = b.data(set);
+                   backward_epilogue<scalar_t>(args, grads, inputs, to, own, begin, end);
                  });
       return;
     }
-    const RowParameter<scalar_t> w(weight, input, length, "weight", weight_offset);
-    const RowBackward<scalar_t> plain{length,    grads,     inputs,   to,      w.data(),
+    const RowParameter<scalar_t> w(weight, input, sets, length, "weight", weight_offset);
+    const RowBackward<scalar_t> plain{length,    grads,     inputs,   to,      nullptr,
                                       mean_data, rstd_data, centered, nullptr, nullptr};
-    each_block(plain, [&](const RowBackward<scalar_t>& args, int64_t begin, int64_t end) {
+    each_block(plain, [&](RowBackward<scalar_t> args, int64_t set, int64_t begin, int64_t end) {
+      args.weight = w.data(set);
       if (!summand.data || !to.data) {
         kernel.row_backward(args, begin, end);
+        mend_rows(args, begin, end);
         return;
       }
       for_row_pieces(begin, end, rows_together_backward(length), [&](int64_t row, int64_t count) {
         kernel.row_backward(args, row, row + count);
+        mend_rows(args, row, row + count);
         kernel.sum_lines(read_only(from_row(to, row)), from_row(summand, row), from_row(to, row), count, length);
       });
     });

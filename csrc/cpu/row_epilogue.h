@@ -10,6 +10,7 @@
 
 #include "../activation.h"
 #include "channel_epilogue.h"
+#include "extremes.h"
 #include "kernels.h"
 
 namespace normops::cpu {
@@ -57,6 +58,7 @@ void rows_before_activation(RowForward<Acc<T>> layer, Lines<const Acc<T>> x, Lin
   layer.mean = mean;
   layer.rstd = rstd;
   kernels().of<Acc<T>>().row_forward(layer, 0, count);
+  mend_rows(layer, 0, count);
   if (residual.data) kernels().of<T>().add_lines(residual, z, count, layer.length);
 }
 
@@ -128,6 +130,7 @@ void backward_epilogue(const RowBackward<Acc<T>>& layer, Lines<const T> dy, Line
     part.mean += row;
     part.rstd += row;
     wide.row_backward(part, 0, count);
+    mend_rows(part, 0, count);
     if constexpr (!kWide) {
       if (dx.data) kernel.narrow_lines(read_only(part.dx), from_row(dx, row), count, length);
     }

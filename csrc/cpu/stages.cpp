@@ -18,24 +18,29 @@ std::pair<at::Tensor, at::Tensor> zero_statistics(const at::Tensor& input) {
   return {at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
 }
 
-Tensors2 channel_moments(const at::Tensor& input) {
+Tensors2 channel_moments(const at::Tensor& input, const OptionalTensor& mask) {
   at::Tensor x = input;
-  const auto view = batch_view({&x}, /*wide=*/true);
+  const at::Tensor flags = as_flags(mask, input);
+  const auto view = batch_view({&x}, /*wide=*/!flags.defined());
+  const auto valid = mask_of(view.geometry, flags);
   at::Tensor mean, var;  // which a lambda captures, as clang before 16 does not capture structured bindings
   std::tie(mean, var) = zero_statistics(input);
   if (view.geometry.elements() == 0) return {mean, var};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_moments", [&] {
     channel_forward<scalar_t>(view.geometry, {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1}, {{}, 0},
                               /*eps=*/1,
-                              /*given=*/false, mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
+                              /*given=*/false, mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>(), {},
+                              valid ? &*valid : nullptr);
   });
   return {mean, var};
 }
 
 Tensors2 channel_grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
-                           const at::Tensor& var, double eps) {
+                           const at::Tensor& var, double eps, const OptionalTensor& mask) {
   at::Tensor x = input, dy = grad_output;
-  const auto view = batch_view({&x, &dy}, /*wide=*/true);
+  const at::Tensor flags = as_flags(mask, input);
+  const auto view = batch_view({&x, &dy}, /*wide=*/!flags.defined());
+  const auto valid = mask_of(view.geometry, flags);
   at::Tensor sum_dy, sum_dy_xhat;  // likewise
   std::tie(sum_dy, sum_dy_xhat) = zero_statistics(input);
   const at::Tensor means = as_parameter(mean, input, input.size(1), at::kDouble, "mean");
@@ -45,17 +50,20 @@ Tensors2 channel_grad_sums(const at::Tensor& grad_output, const at::Tensor& inpu
     channel_backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
                                {x.const_data_ptr<scalar_t>(), view.strides[0]}, {}, {{}, 1},
                                means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, /*given=*/true, {},
-                               sum_dy_xhat.mutable_data_ptr<double>(), sum_dy.mutable_data_ptr<double>());
+                               sum_dy_xhat.mutable_data_ptr<double>(), sum_dy.mutable_data_ptr<double>(), {},
+                               valid ? &*valid : nullptr);
   });
   return {sum_dy, sum_dy_xhat};
 }
 
 at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                               const at::Tensor& var, const OptionalTensor& weight, const at::Tensor& sum_dy,
-                              const at::Tensor& sum_dy_xhat, int64_t count, double eps) {
+                              const at::Tensor& sum_dy_xhat, int64_t count, double eps, const OptionalTensor& mask) {
   at::Tensor x = input, dy = grad_output;
   at::Tensor dx = new_like(input);
-  const auto view = batch_view({&x, &dy, &dx}, /*wide=*/true);
+  const at::Tensor flags = as_flags(mask, input);
+  const auto view = batch_view({&x, &dy, &dx}, /*wide=*/!flags.defined());
+  const auto valid = mask_of(view.geometry, flags);
   const auto statistic = [&](const at::Tensor& tensor, const char* name) {
     return as_parameter(tensor, input, input.size(1), at::kDouble, name);
   };
@@ -66,10 +74,11 @@ at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& i
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_channel_grad_apply", [&] {
     const at::Tensor w = as_own_parameter(weight, input, input.size(1), "weight");
     const GradTotals totals{dys.const_data_ptr<double>(), dys_xhat.const_data_ptr<double>(), double(count)};
-    channel_backward<scalar_t>(
-        view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
-        {x.const_data_ptr<scalar_t>(), view.strides[0]}, {dx.mutable_data_ptr<scalar_t>(), view.strides[2]}, {w, 1},
-        means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, /*given=*/false, totals, nullptr, nullptr);
+    channel_backward<scalar_t>(view.geometry, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                               {x.const_data_ptr<scalar_t>(), view.strides[0]},
+                               {dx.mutable_data_ptr<scalar_t>(), view.strides[2]}, {w, 1},
+                               means.const_data_ptr<double>(), vars.const_data_ptr<double>(), eps, /*given=*/false,
+                               totals, nullptr, nullptr, {}, valid ? &*valid : nullptr);
   });
   return dx;
 }

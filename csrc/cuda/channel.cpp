@@ -145,7 +145,7 @@ Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
   const Array weights(weight, input, g.channels, 1, "weight");
-  const auto options = at::TensorOptions().device(input.device()).dtype(gradient_type(weight, input));
+  const auto options = at::TensorOptions().device(input.device()).dtype(composed::gradient_type(weight, input));
   const bool empty = g.elements() == 0;
   const auto parameter = [&](bool wanted) {
     return !wanted ? at::Tensor() : empty ? at::zeros({g.channels}, options) : at::empty({g.channels}, options);
@@ -330,9 +330,9 @@ void add_channel_kernels(torch::Library& library) {
   library.impl("_update_running_stats", move_running_stats);
   library.impl("_channel_norm", composed_channel_norm<channel_norm>);
   library.impl("_channel_norm_backward", composed_channel_norm_backward<channel_norm, channel_norm_backward>);
-  library.impl("_channel_moments", moments);
-  library.impl("_channel_grad_sums", grad_sums);
-  library.impl("_channel_grad_apply", grad_apply);
+  library.impl("_channel_moments", composed_moments<moments>);
+  library.impl("_channel_grad_sums", composed_grad_sums<grad_sums>);
+  library.impl("_channel_grad_apply", composed_grad_apply<grad_apply>);
 }
 
 }  // namespace normops::cuda

@@ -63,13 +63,6 @@ inline AnyOutput any_output(const at::Tensor& tensor) {
   return {tensor.mutable_data_ptr(), element_type(tensor.scalar_type())};
 }
 
-// The dtype in which gradients of parameters are written: the weight's where it is that of the input, as in a model of
-// one dtype, whose bias then has it too; otherwise that of the arithmetic, as nothing is known of the bias.
-inline at::ScalarType gradient_type(const OptionalTensor& weight, const at::Tensor& input) {
-  const bool own = defined(weight) && weight->scalar_type() == input.scalar_type();
-  return own ? input.scalar_type() : acc_type(input);
-}
-
 template <typename A>
 A* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr<A>() : nullptr;

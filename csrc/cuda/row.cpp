@@ -113,7 +113,7 @@ Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   const at::Tensor means = as_parameter(mean, input, rows, at::kDouble, "mean");
   const at::Tensor rstds = as_parameter(rstd, input, rows, at::kDouble, "rstd");
   const at::IntArrayRef shape = input.sizes().slice(input.dim() - normalized_ndim);
-  const auto options = input.options().dtype(gradient_type(weight, input));
+  const auto options = input.options().dtype(composed::gradient_type(weight, input));
   const bool empty = rows == 0 || length == 0;
   const auto parameter = [&](bool wanted) {
     return !wanted ? at::Tensor() : empty ? at::zeros(shape, options) : at::empty(shape, options);

@@ -56,8 +56,10 @@ class WithEpilogue(DropIn):
         cls.__constants__ = sorted(  # type: ignore[attr-defined]
             constants | set(_OPTIONS)
         )
-        if "__init__" in cls.__dict__:
-            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        ours = [base for base in cls.__mro__ if base.__module__.startswith("normops.") and base is not WithEpilogue]
+        constructors = [base.__dict__["__init__"] for base in ours if "__init__" in base.__dict__]
+        if constructors:
+            parameters = list(inspect.signature(constructors[0]).parameters.values())[1:]
         else:
             base = next(base for base in cls.__mro__ if not base.__module__.startswith("normops."))
             own = inspect.signature(WithEpilogue.__init__).parameters
@@ -81,18 +83,19 @@ def printed(layer: str) -> str:
     return f"normops.{layer}"
 
 
-def trace(module: torch.nn.Module, input: Any, residual: Any = None) -> Any:
+def trace(module: torch.nn.Module, input: Any, residual: Any = None, mask: Any = None) -> Any:
     """What ``module`` returns for an input that is no tensor: under ``torch.fx.symbolic_trace``, which takes layers for
     leaves, the node of the graph that calls it.
 
     The module that is itself being traced cannot call itself: it shows the inside of the torch layer it stands for,
-    which also knows what to say of an input that is neither. It does so without a residual, as that is ``None`` unless
-    it is given.
+    which also knows what to say of an input that is neither. It does so without a residual and a mask, as these are
+    ``None`` unless they are given.
     """
     tracer: Any = input.tracer if isinstance(input, Proxy) else None
     if tracer and tracer.root is not module:
-        args = (input,) if residual is None else (input, residual)
-        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+        given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+        args = (input,) if "mask" in given else (input, *given.values())
+        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given if "mask" in given else {})
     base: Any = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
     output = base.forward(module, input)
     if isinstance(module, WithEpilogue):

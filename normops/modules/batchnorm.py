@@ -11,9 +11,11 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "Lazy
 class _BatchNormForward(WithEpilogue, torch.nn.modules.batchnorm._BatchNorm):
     """The forward of torch's ``_BatchNorm`` on :func:`normops.functional.batch_norm`."""
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
-            return trace(self, input, residual)
+            return trace(self, input, residual, mask)
         self._check_input_dim(input)
         use_input_stats = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
@@ -33,6 +35,7 @@ class _BatchNormForward(WithEpilogue, torch.nn.modules.batchnorm._BatchNorm):
             momentum,
             self.eps,
             residual,
+            mask,
         )
 
     # Annotated for TorchScript.
@@ -47,6 +50,7 @@ class _BatchNormForward(WithEpilogue, torch.nn.modules.batchnorm._BatchNorm):
         momentum: float,
         eps: float,
         residual: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         return F.batch_norm(
             input,
@@ -61,6 +65,7 @@ class _BatchNormForward(WithEpilogue, torch.nn.modules.batchnorm._BatchNorm):
             negative_slope=self.negative_slope,
             residual=residual,
             memory_efficient=self.memory_efficient,
+            mask=mask,
         )
 
 

@@ -20,9 +20,11 @@ __all__ = [
 class _InstanceNormForward(WithEpilogue, torch.nn.modules.instancenorm._InstanceNorm):
     """The forward of torch's ``_InstanceNorm`` on :func:`normops.functional.instance_norm`."""
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if not isinstance(input, torch.Tensor):
-            return trace(self, input, residual)
+            return trace(self, input, residual, mask)
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         channels = input.size(0 if unbatched else 1)
@@ -36,10 +38,13 @@ class _InstanceNormForward(WithEpilogue, torch.nn.modules.instancenorm._Instance
             )
         if unbatched:
             batch_of_one = None if residual is None else residual.unsqueeze(0)
-            return self._apply_instance_norm(input.unsqueeze(0), batch_of_one).squeeze(0)
-        return self._apply_instance_norm(input, residual)
+            mask_of_one = None if mask is None else mask.unsqueeze(0)
+            return self._apply_instance_norm(input.unsqueeze(0), batch_of_one, mask_of_one).squeeze(0)
+        return self._apply_instance_norm(input, residual, mask)
 
-    def _apply_instance_norm(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def _apply_instance_norm(
+        self, input: torch.Tensor, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return F.instance_norm(
             input,
             self.running_mean,
@@ -53,6 +58,7 @@ class _InstanceNormForward(WithEpilogue, torch.nn.modules.instancenorm._Instance
             negative_slope=self.negative_slope,
             residual=residual,
             memory_efficient=self.memory_efficient,
+            mask=mask,
         )
 
 

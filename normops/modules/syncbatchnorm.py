@@ -60,15 +60,15 @@ def _check_frames(headers, group):
 
 
 @torch.no_grad()
-def _joined_moments(input, requires_grad, group):
+def _joined_moments(input, mask, requires_grad, group):
     """Mean and biased variance of every channel over the inputs of all ranks, and the number of values in each.
 
     The moments are exchanged in float64 and merged in the order of the ranks, so all ranks get the same bits.
     """
     channels = input.shape[1]
-    mean, var = _OPS._channel_moments(input)
+    mean, var = _OPS._channel_moments(input, mask)
     frame = mean.new_zeros(len(_HEADER) + 2 * _FRAME_CHANNELS)
-    count = input.numel() // channels
+    count = input.numel() // channels if mask is None else int(mask.sum())
     frame[: len(_HEADER)] = torch.tensor(
         [count, channels, _DTYPES.index(input.dtype), requires_grad], dtype=torch.float64
     )
@@ -103,33 +103,52 @@ def _check_input(input, num_features):
         )
 
 
+def _seen_mask(input, mask):
+    """The mask in the shape (N, *positions), as the functions check and see it."""
+    shape = [input.shape[0], *input.shape[2:]]
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"sync_batch_norm: expected mask of type Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.device != input.device:
+        raise ValueError(
+            f"sync_batch_norm: expected mask to be a tensor of bool on the device of input ({input.device}), got "
+            f"{mask.dtype} on {mask.device}"
+        )
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"sync_batch_norm: expected mask of shape {shape} (the input's without channels), or one that can be "
+            f"broadcast to it, got {list(mask.shape)}"
+        ) from None
+
+
 class _Apply(torch.autograd.Function):
     """The third stage and, in the backward, the three stages with the sum over ranks between them."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, mean, var, count, eps, group):
-        output, _, _ = _OPS._channel_norm(input, mean, var, weight, bias, input.shape[1], True, eps)
-        ctx.save_for_backward(input, weight, mean, var)
+    def forward(ctx, input, weight, bias, mask, mean, var, count, eps, group):
+        output, _, _ = _OPS._channel_norm(input, mean, var, weight, bias, input.shape[1], True, eps, mask=mask)
+        ctx.save_for_backward(input, weight, mask, mean, var)
         ctx.count, ctx.eps, ctx.group = count, eps, group
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
         options = ctx.count, ctx.eps, ctx.group, ctx.needs_input_grad[:3]
-        return *_Gradients.apply(grad_output, *ctx.saved_tensors, *options), *[None] * 5
+        return *_Gradients.apply(grad_output, *ctx.saved_tensors, *options), *[None] * 6
 
 
 class _Gradients(torch.autograd.Function):
     """The backward as a function of its own, which can say that it has no derivative."""
 
     @staticmethod
-    def forward(ctx, grad_output, input, weight, mean, var, count, eps, group, wanted):
-        sum_dy, sum_dy_xhat = _OPS._channel_grad_sums(grad_output, input, mean, var, eps)
+    def forward(ctx, grad_output, input, weight, mask, mean, var, count, eps, group, wanted):
+        sum_dy, sum_dy_xhat = _OPS._channel_grad_sums(grad_output, input, mean, var, eps, mask)
         dx = None
         if wanted[0]:
             totals = torch.stack([sum_dy, sum_dy_xhat])
             dist.all_reduce(totals, group=group)
-            dx = _OPS._channel_grad_apply(grad_output, input, mean, var, weight, *totals, count, eps)
+            dx = _OPS._channel_grad_apply(grad_output, input, mean, var, weight, *totals, count, eps, mask)
         # Parameters get the gradient of this rank's share, as of any layer: DDP sums them up.
         return dx, sum_dy_xhat if wanted[1] else None, sum_dy if wanted[2] else None
 
@@ -138,9 +157,9 @@ class _Gradients(torch.autograd.Function):
         raise NotImplementedError("sync_batch_norm: the derivative of its backward is not implemented across ranks")
 
 
-def _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, group):
+def _sync_batch_norm(input, mask, running_mean, running_var, weight, bias, momentum, eps, group):
     requires_grad = torch.is_grad_enabled() and input.requires_grad
-    mean, var, count = _joined_moments(input, requires_grad, group)
+    mean, var, count = _joined_moments(input, mask, requires_grad, group)
     if count == 1:
         raise ValueError(
             "sync_batch_norm: expected more than 1 value per channel when training, got 1 on all ranks together, "
@@ -148,7 +167,7 @@ def _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, e
         )
     if running_mean is not None and count > 0:
         _OPS._update_running_stats(running_mean, running_var, mean, var, momentum, count)
-    return _Apply.apply(input, weight, bias, mean, var, count, eps, group)
+    return _Apply.apply(input, weight, bias, mask, mean, var, count, eps, group)
 
 
 class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._BatchNorm):
@@ -161,6 +180,8 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
     one in the backward, both in float64. Batches may differ in size and may be empty, as long as all ranks call the
     layer, forward and backward.
 
+    With a ``mask``, which every rank has for its own input, or not, valid elements are counted over all ranks.
+
     In evaluation, with one rank, or where :mod:`torch.distributed` is not in use, nothing is exchanged and the layer is
     BatchNorm. As torch's, it exchanges nothing in evaluation even with ``track_running_stats=False``.
 
@@ -172,7 +193,8 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
         process_group: the ranks to join; ``None``: all of them. The others are those of :class:`torch.nn.BatchNorm2d`.
 
     Raises:
-        ValueError: the input has fewer than two dimensions, or the ranks have one value per channel between them.
+        ValueError: the input has fewer than two dimensions, ``mask`` does not fit it, or the ranks have one value per
+            channel between them.
         RuntimeError: the input has another number of channels than the layer, or ranks differ in the number of
             channels, in the dtype of the input or in whether it requires a gradient: on all ranks alike, naming the
             rank.
@@ -214,16 +236,26 @@ class SyncBatchNorm(batchnorm._BatchNormForward, torch.nn.modules.batchnorm._Bat
                 _send_failure(input.device, self.process_group)
             raise
 
-    def _batch_norm(self, input, running_mean, running_var, weight, bias, training, momentum, eps, residual):
+    def _batch_norm(self, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, mask):
         if not self._synchronizes():
             return super()._batch_norm(
-                input, running_mean, running_var, weight, bias, training, momentum, eps, residual
+                input, running_mean, running_var, weight, bias, training, momentum, eps, residual, mask
             )
-        output = _sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self.process_group)
+        if mask is not None:
+            try:
+                mask = _seen_mask(input, mask)
+            except Exception:
+                _send_failure(input.device, self.process_group)
+                raise
+        output = _sync_batch_norm(
+            input, mask, running_mean, running_var, weight, bias, momentum, eps, self.process_group
+        )
         # Not in one pass yet: the stages between which ranks meet know no epilogue.
+        masked = None if mask is None else mask.unsqueeze(1).logical_not()
         if residual is not None:
-            output = output + residual
-        return _activations.apply(output, self.activation, self.negative_slope)
+            output = output + (residual if masked is None else residual.masked_fill(masked, 0))
+        output = _activations.apply(output, self.activation, self.negative_slope)
+        return output if masked is None else output.masked_fill(masked, 0)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _Module, process_group: dist.ProcessGroup | None = None) -> _Module:

@@ -9,7 +9,7 @@ from emulator.library import Library
 
 CUDA = ROOT / "csrc" / "cuda"
 # What the glue between operators and kernels uses of the rest of the library.
-SHARED = [ROOT / "csrc" / name for name in ("checks.cpp", "tensors.cpp")]
+SHARED = [ROOT / "csrc" / name for name in ("checks.cpp", "tensors.cpp", "autograd/composition.cpp")]
 
 
 def exists():

@@ -41,6 +41,13 @@ def functions(x: Tensor, statistic: Tensor | None, shape: Sequence[int]) -> list
         F.rms_norm(x, tuple(shape), eps=None),
         F.group_norm(x, 2, activation="leaky_relu", negative_slope=0.2, residual=x),
         *F.add_layer_norm(x, x, [5], weight_offset=1.0),
+        F.batch_norm(x, None, None, training=True, mask=F.length_mask([3, 4], 5)),
+        F.channel_layer_norm(x, activation="gelu"),
+        F.channel_rms_norm(x, bias=statistic),
+        normops.AdaLayerNorm(5).forward(x, x, x),
+        normops.AdaGroupNorm(2, 8, weight_offset=0.0).forward(x, x, x),
+        normops.LazyLayerNorm(ndim=2).forward(x),
+        normops.BatchNorm1d(8).forward(x, None, F.length_mask(x, 5)),
     ]
     assert_type(results, list[Tensor])
     return results

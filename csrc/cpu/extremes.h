@@ -1,0 +1,147 @@
+#pragma once
+
+// What leaves the range of float on the way, though the result does not: squares of more than 1e19 overflow, those of
+// less than 1e-19 vanish, and so do products of rstd with itself. Whether that happens is seen by rstd, once for each
+// statistic; elements are then taken one by one, in double. There is nothing wider for double.
+
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "mask.h"
+
+namespace normops::cpu {
+
+template <typename T>
+bool is_extreme(double rstd) {
+  constexpr double kLeast = 1e-15, kMost = 1e15;
+  return !std::is_same_v<T, double> && !(rstd > kLeast && rstd < kMost);
+}
+
+// Mean and variance of what `each(f)` calls f with, twice; false if there are none that are finite.
+template <typename Each>
+bool exact_moments(const Each& each, double count, bool centered, double& mean, double& var) {
+  double sum = 0, squares = 0;
+  each([&](double x) { sum += x; });
+  const double center = centered ? sum / count : 0;
+  each([&](double x) { squares += (x - center) * (x - center); });
+  if (!std::isfinite(center) || !std::isfinite(squares)) return false;
+  mean = center;
+  var = squares / count;
+  return true;
+}
+
+// Where parameters of rows have element j.
+template <typename T>
+int64_t packed(int64_t j) {
+  const Kernels<T>& kernel = kernels().of<T>();
+  const int64_t size = kernel.pack_size, in_pack = j % size;
+  return kernel.memory_order ? j : j - in_pack + in_pack % 2 * (size / 2) + in_pack / 2;
+}
+
+template <typename T>
+bool is_extreme_variance(double var) {
+  return !std::is_same_v<T, double> && !(var > 1e-30 && var < 1e30);
+}
+
+// Rows that the kernel has walked, again where it could not know better.
+template <typename T>
+void mend_rows(const RowForward<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (!is_extreme<T>(a.rstd[row])) continue;
+    const T* const x = a.x[row];
+    double mean, var;
+    const auto each = [&](const auto& f) {
+      for (int64_t j = 0; j < a.length; ++j) f(double(x[j]));
+    };
+    if (!exact_moments(each, double(a.length), a.centered, mean, var)) continue;
+    const double rstd = 1 / std::sqrt(var + a.eps);
+    if (!std::isfinite(rstd)) continue;
+    a.mean[row] = mean;
+    a.rstd[row] = rstd;
+    for (int64_t j = 0; j < a.length; ++j) {
+      double y = (double(x[j]) - mean) * rstd;
+      if (a.weight) y *= a.weight[packed<T>(j)];
+      if (a.bias) y += a.bias[packed<T>(j)];
+      a.y[row][j] = T(Acc<T>(y));
+    }
+  }
+}
+
+template <typename T>
+void mend_rows(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; a.dx.data && row < end; ++row) {
+    const double mean = a.mean[row], rstd = a.rstd[row];
+    if (!is_extreme<T>(rstd) || !std::isfinite(rstd) || rstd == 0) continue;
+    const T *const dy = a.dy[row], *const x = a.x[row];
+    const auto g = [&](int64_t j) { return double(dy[j]) * (a.weight ? double(a.weight[packed<T>(j)]) : 1.0); };
+    double sum_g = 0, sum_g_xhat = 0;
+    for (int64_t j = 0; j < a.length; ++j) {
+      sum_g += g(j);
+      sum_g_xhat += g(j) * (double(x[j]) - mean) * rstd;
+    }
+    const double mean_g = a.centered ? sum_g / a.length : 0, along = sum_g_xhat / a.length;
+    for (int64_t j = 0; j < a.length; ++j) {
+      a.dx[row][j] = T(Acc<T>(rstd * (g(j) - mean_g - (double(x[j]) - mean) * rstd * along)));
+    }
+  }
+}
+
+// f(x) for every valid element of a channel of a tile.
+template <typename T, typename F>
+void for_channel(const Tile& tile, c10::ArrayRef<Run> runs, const Lines<const T>& x, int64_t c, const F& f) {
+  for (const Run& run : runs) {
+    for (int64_t p = run.begin; p < run.end(); ++p) {
+      if (tile.layout == Layout::kContiguous) {
+        f(double(x[c][p]));
+      } else {
+        for (int64_t j = 0; j < tile.width; ++j) f(double(x[p][c * tile.width + j]));
+      }
+    }
+  }
+}
+
+// dx = scale * dy + slope * (x - center) + shift of the channels of a tile that have coefficients in double, four of
+// them in this order; the first of other channels is NaN. dx may take the place of dy, so results are kept until the
+// kernel has been there.
+template <typename T>
+class ExtremeGradients {
+ public:
+  ExtremeGradients(const Tile& tile, const Lines<const T>& dy, const Lines<const T>& x, const double* coefficients)
+      : tile_(tile) {
+    for (int64_t c = 0; c < tile.channels; ++c) {
+      const double* const k = coefficients + 4 * c;
+      if (std::isnan(k[0])) continue;
+      channels_.push_back(c);
+      for_elements(c, [&](int64_t line, int64_t j) {
+        results_.push_back(T(Acc<T>(k[0] * double(dy[line][j]) + k[1] * (double(x[line][j]) - k[2]) + k[3])));
+      });
+    }
+  }
+
+  void store(const Lines<T>& dx) const {
+    auto next = results_.begin();
+    for (const int64_t c : channels_) {
+      for_elements(c, [&](int64_t line, int64_t j) { dx[line][j] = *next++; });
+    }
+  }
+
+ private:
+  template <typename F>
+  void for_elements(int64_t c, const F& f) const {
+    for (int64_t p = 0; p < tile_.positions; ++p) {
+      if (tile_.layout == Layout::kContiguous) {
+        f(c, p);
+      } else {
+        for (int64_t j = c * tile_.width; j < (c + 1) * tile_.width; ++j) f(p, j);
+      }
+    }
+  }
+
+  const Tile tile_;
+  std::vector<int64_t> channels_;
+  std::vector<T> results_;
+};
+
+}  // namespace normops::cpu

@@ -1,0 +1,88 @@
+"""Statistics whose squares leave the range of float32: exact where float64 has a result."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as TF
+from cases import CASES, SHAPE, each
+from layouts import each_memory_format
+
+import normops.functional as F
+
+FEW = ["batch_norm_training", "instance_norm", "group_norm_3", "layer_norm_1d", "layer_norm_2d", "rms_norm_1d"]
+few_cases = each([case for case in CASES if case.name in FEW])
+# Sizes of the elements, and eps: what is large overflows when squared, and what is small vanishes.
+SIZES = [(3e20, 1e-5), (1e19, 1e-5), (1e30, 1e-5), (1e-30, 0.0), (1e-25, 1e-50)]
+each_size = pytest.mark.parametrize("size, eps", SIZES, ids=lambda value: f"{value:g}")
+
+
+def sample_of(case, size, eps, dtype=torch.float32, shape=SHAPE):
+    sample = case.sample(shape, dtype=dtype)
+    if case.op == "batch_norm" and eps == 0:
+        eps = 1e-70
+    sample.fixed["eps"] = eps
+    return sample.with_input((sample.input.detach().double() * size).to(dtype))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_memory_format
+@each_size
+@few_cases
+def test_equals_reference(case, size, eps, memory_format, dtype, activation):
+    sample = sample_of(case, size, eps, dtype)
+    sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))
+    sample.fixed["activation"] = activation
+    grad = torch.randn(SHAPE).to(dtype)
+    results, expected = sample.results(grad=grad), sample.double().results(reference, grad.double())
+    allowed = 8 * torch.finfo(dtype).eps
+    for name, result in results.items():
+        scale = expected[name].abs().max().item()
+        if not torch.isfinite(expected[name].to(dtype)).all():
+            continue  # a gradient that the dtype does not have
+        error = (result.double() - expected[name]).abs().max().item()
+        assert error <= allowed * scale, f"{name}: {error:.3g} of {scale:.3g}"
+
+
+@each_memory_format
+@few_cases
+def test_others_keep_their_bits(case, memory_format):
+    """A sample or channel of extremes, of infinities or of NaN is the business of its own statistics."""
+    for size in (3e20, torch.inf, torch.nan):
+        plain = case.sample()
+        plain = plain.with_input(plain.input.detach().contiguous(memory_format=memory_format))
+        x = plain.input.detach().clone()
+        where = (slice(None), 1) if case.over_batch else (1, 1) if case.op == "instance_norm" else 1
+        x[where] *= size
+        if size == torch.inf:
+            x[where] = torch.where(torch.rand_like(x[where]) < 0.5, x[where], torch.ones_like(x[where]))
+        other = plain.with_input(x)
+        grad = torch.randn_like(x)
+        ours, theirs = plain.results(grad=grad), other.results(grad=grad)
+        for name in ("output", "grad_input"):
+            ours[name][where] = theirs[name][where] = 0
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_masked():
+    x = 3e20 * torch.randn(3, 4, 50)
+    mask = F.length_mask([50, 7, 30], 50)
+    expected = reference.instance_norm(x.double(), mask=mask)
+    torch.testing.assert_close(F.instance_norm(x, mask=mask).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zeros_and_constants():
+    """Which have no variance, with any eps."""
+    for value in (0.0, 3.0, 1e-30, 1e30):
+        x = torch.full((4, 6, 10), value)
+        for y in (F.layer_norm(x, (10,)), F.instance_norm(x), F.batch_norm(x, None, None, training=True)):
+            assert not y.any()
+    for op in (F.layer_norm, TF.layer_norm):
+        assert op(torch.zeros(2, 5), (5,), eps=0.0).isnan().all()
+
+
+def test_add_layer_norm():
+    x, r = 3e20 * torch.randn(2, 5, 40)
+    y, total = F.add_layer_norm(x, r, (40,))
+    expected = reference.layer_norm(total.double(), (40,))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)

@@ -25,6 +25,7 @@ from normops.__main__ import description
 # (passes over the tensor forward, backward): x and y; x, dy and dx. In evaluation the backward need not read x, but for
 # the gradients of weight and bias.
 TRAFFIC = (2, 3)
+DEVICE = "cuda"  # where it is rehearsed without a card, another (tests/test_bench_gpu.py)
 REPETITIONS = 30
 ROWS = [(1 << 25) // length for length in (128, 256, 1024, 4096, 8192, 16384)]
 
@@ -39,14 +40,14 @@ def cases():
     rows = [*wide, *transformers, *few, (64, 1000000), (4096, 1000)]
     for dtype in ("bfloat16", "float32", "float16"):
         for layer in ("rms_norm", "layer_norm") if dtype != "float16" else ():
-            yield from (Case(layer, shape, dtype, "contiguous", "cuda") for shape in rows)
+            yield from (Case(layer, shape, dtype, "contiguous", DEVICE) for shape in rows)
         for layout in ("contiguous", "channels_last"):  # of which torch sends float32 and float16 to cuDNN
-            yield from (Case("batch_norm", shape, dtype, layout, "cuda") for shape in images)
+            yield from (Case("batch_norm", shape, dtype, layout, DEVICE) for shape in images)
             if dtype == "float16":
                 continue
-            yield from (Case("group_norm", shape, dtype, layout, "cuda") for shape in groups)
-            yield Case("instance_norm", (8, 64, 128, 128), dtype, layout, "cuda")
-            yield Case("batch_norm_eval", (32, 64, 56, 56), dtype, layout, "cuda")
+            yield from (Case("group_norm", shape, dtype, layout, DEVICE) for shape in groups)
+            yield Case("instance_norm", (8, 64, 128, 128), dtype, layout, DEVICE)
+            yield Case("batch_norm_eval", (32, 64, 56, 56), dtype, layout, DEVICE)
 
 
 def rivals(case, layer):
@@ -70,14 +71,14 @@ def rivals(case, layer):
         except Exception:
             continue
         if module is not None:
-            found[name] = module.to("cuda", layer.weight.dtype)
+            found[name] = module.to(DEVICE, layer.weight.dtype)
     return found
 
 
 class Stopwatch:
     def __init__(self):
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.zeros(2 * cache // 4, dtype=torch.int32, device="cuda")
+        self.flush = torch.zeros(2 * cache // 4, dtype=torch.int32, device=DEVICE)
         self.stream = torch.cuda.Stream()
 
     def replay(self, call):
@@ -121,14 +122,14 @@ class Stopwatch:
 
 
 def copy_bandwidth(stopwatch):
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / stopwatch.device_seconds(lambda: target.copy_(source))[0]
 
 
 def rms_backend():
     """The kernels behind torch's RMSNorm here: its own, or ones that it took from elsewhere."""
-    x, layer = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), nn.RMSNorm(4096).to("cuda", torch.bfloat16)
+    x, layer = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16), nn.RMSNorm(4096).to(DEVICE, torch.bfloat16)
     layer(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         layer(x)
@@ -210,7 +211,7 @@ def run_hottest():
     }
     for (layer, layout), of_layer in shapes.items():
         for shape in of_layer:
-            case = Case(layer, shape, "bfloat16", layout, "cuda")
+            case = Case(layer, shape, "bfloat16", layout, DEVICE)
             passes = Passes(normops.convert(case.make_layer()), *case.make_data())
             passes.forward()
             passes.backward()

@@ -28,7 +28,7 @@ from bench.gpu import TRAFFIC, cases
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests/cuda")]
 import resources  # noqa: E402
-from emulator import backend  # noqa: E402
+from emulator import backend, traffic_table  # noqa: E402
 
 POWER = 4  # of the mean of what limits a kernel
 INSTRUCTIONS_PER_CLOCK = 2.6  # of a multiprocessor, which could issue 4
@@ -57,16 +57,18 @@ CARDS = [
 
 # How often a kernel reads and writes the elements of the input, and how often of these it reads what the stage before
 # has just read.
-PASSES = {
-    "moments": (1, 0, 0),
-    "grad_sums": (2, 0, 0),
-    "apply": (1, 1, 1),
-    "grad_apply": (2, 1, 2),
-    "slab_forward": (1, 1, 0),
-    "slab_backward": (2, 1, 0),
-    "row_forward": (1, 1, 0),
-    "row_backward": (2, 1, 0),
-    "long_row_backward": (2, 1, 2),
+PASSES = {kernel: passes for kernel, passes in traffic_table.passes().items() if passes[0]}
+
+# How often torch's kernels read and write them, forward and backward, as its source has it: statistics, then the
+# output; the sums for the parameters, the sums for dx, then dx, of which LayerNorm's last two are one kernel that reads
+# twice. A cache may answer what is read again.
+TORCH = {
+    "layer_norm": (3, 7),
+    "rms_norm": (3, 7),
+    "batch_norm": (3, 5),
+    "instance_norm": (3, 5),
+    "group_norm": (3, 5),
+    "batch_norm_eval": (2, 5),
 }
 
 
@@ -143,14 +145,16 @@ def launches_of(case, card):
 
 
 def predict(case, card, table):
-    """(pass, bytes, floor, kernels) of both passes. The floor moves every byte once, in one launch."""
+    """(pass, sizes of the input that have to move, those that do, seconds of the floor, launches, bytes of the input,
+    kernels) of both passes. The floor moves every byte once, in one launch."""
     passes, size = launches_of(case, card)
     element = torch.finfo(getattr(torch, case.dtype)).bits // 8
     for name, traffic, ran in zip(("forward", "backward"), TRAFFIC, passes, strict=True):
         warm = any(launches.kernel.split("::")[-1] in ("moments_kernel", "grad_sums_kernel") for launches in ran)
         kernels = [predict_kernel(card, launches, table, size, element, warm) for launches in ran]
         floor = traffic * size / card.bandwidth + SECONDS_PER_LAUNCH
-        yield name, traffic * size, floor, sum(launches.launches for launches in ran), kernels
+        moved = sum(sum(PASSES.get(kernel.kernel, (0, 0, 0))[:2]) for kernel in kernels)
+        yield name, traffic, moved, floor, sum(launches.launches for launches in ran), size, kernels
 
 
 def main():
@@ -161,7 +165,9 @@ def main():
     arguments = parser.parse_args()
     table, rows = resources.read(), []
     print("**A prediction, made without a card.**\n")
-    print("| card | case | pass | launches | predicted µs | over floor | limits |\n|---|---|---|---|---|---|---|")
+    print("Moved: how often tensors of the input's size go over memory at the least, here, in torch's kernels.\n")
+    print("| card | case | pass | MB | launches | moved | predicted µs | over floor | limits |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for card in CARDS:
         if card.name not in arguments.cards:
             continue
@@ -169,7 +175,7 @@ def main():
             case = Case(planned.layer, planned.shape, planned.dtype, planned.layout, "cpu")
             if arguments.match not in case.name:
                 continue
-            for what, traffic, floor, launches, kernels in predict(case, card, table):
+            for what, traffic, moved, floor, launches, size, kernels in predict(case, card, table):
                 seconds = sum(kernel.seconds for kernel in kernels)
                 slowest = max(kernels, key=lambda kernel: kernel.seconds)
                 name = case.name.removesuffix(" cpu")
@@ -178,7 +184,9 @@ def main():
                         "card": card.name,
                         "case": name,
                         "pass": what,
-                        "bytes": traffic,
+                        "bytes": traffic * size,
+                        "moved": moved * size,
+                        "moved_by_torch": TORCH[case.layer][what == "backward"] * size,
                         "launches": launches,
                         "predicted_us": 1e6 * seconds,
                         "over_floor": seconds / floor,
@@ -186,8 +194,9 @@ def main():
                     }
                 )
                 row = rows[-1]
-                figures = f"{launches} | {row['predicted_us']:.1f} | {row['over_floor']:.2f}"
-                print(f"| {card.name} | {name} | {what} | {figures} | {row['limit']} |", flush=True)
+                sizes = f"{traffic}, {moved:g}, {TORCH[case.layer][what == 'backward']}"
+                figures = f"{launches} | {sizes} | {row['predicted_us']:.1f} | {row['over_floor']:.2f}"
+                print(f"| {card.name} | {name} | {what} | {size / 1e6:.1f} | {figures} | {row['limit']} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"prediction": True, "rows": rows}, indent=1) + "\n")
     return 0

@@ -13,6 +13,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -114,8 +115,10 @@ std::optional<Tensors3> try_batch_norm(const at::Tensor& input, const OptionalTe
   }
   if (count == 1) return {};
   auto [output, mean, var] =
-      ops::channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, /*over_batch=*/true, eps);
-  if (defined(running_mean)) ops::update_running_stats(*running_mean, *running_var, mean, var, momentum, count);
+      defined(running_mean) ? ops::channel_norm_tracked(input, {*running_mean, *running_var, momentum}, weight, bias,
+                                                        /*over_batch=*/true, eps)
+                            : ops::channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels,
+                                                /*over_batch=*/true, eps);
   return Tensors3{output, mean.to(type), rstd_of(var, eps).to(type)};
 }
 
@@ -342,6 +345,10 @@ struct BatchNormBackward {
 };
 
 // What F.batch_norm calls on CUDA where torch would take cuDNN, for float32 and float16 among others; in training only.
+// cuDNN keeps a reserve for its backward. Ours is empty, and of a shape that cuDNN's never has: it says whose it is.
+at::Tensor own_reserve(const at::Tensor& input) { return at::empty({0, 1}, input.options().dtype(at::kByte)); }
+bool is_own_reserve(const at::Tensor& reserve) { return reserve.dim() == 2; }
+
 struct CudnnBatchNorm {
   static constexpr auto name = "aten::cudnn_batch_norm", overload = "";
 
@@ -354,19 +361,23 @@ struct CudnnBatchNorm {
                                                            momentum, eps);
     }
     auto [output, mean, rstd] = *results;
-    return {output, mean, rstd, at::empty({0}, input.options().dtype(at::kByte))};
+    return {output, mean, rstd, own_reserve(input)};
   }
 };
 
+// It stays when acceleration ends, for backwards of what ran forward under it; others go to cuDNN then.
 struct CudnnBatchNormBackward {
   static constexpr auto name = "aten::cudnn_batch_norm_backward", overload = "";
+  static inline std::atomic<bool> takes_all = false;
 
   static Tensors3 call(c10::DispatchKeySet keys, const at::Tensor& input, const at::Tensor& grad,
                        const at::Tensor& weight, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                        const OptionalTensor& mean, const OptionalTensor& rstd, double eps, const at::Tensor& reserve) {
-    if (auto grads = try_batch_norm_backward(grad, input, weight, running_mean, running_var, mean, rstd,
-                                             /*training=*/true, eps, {true, true, true})) {
-      return *grads;
+    if (takes_all || is_own_reserve(reserve)) {
+      if (auto grads = try_batch_norm_backward(grad, input, weight, running_mean, running_var, mean, rstd,
+                                               /*training=*/true, eps, {true, true, true})) {
+        return *grads;
+      }
     }
     return original<CudnnBatchNormBackward>(keys).call<Tensors3>(input, grad, weight, running_mean, running_var, mean,
                                                                  rstd, eps, reserve);
@@ -389,15 +400,20 @@ std::unique_ptr<torch::Library> install_all(c10::DispatchKey key) {
   install<NativeLayerNorm, NativeLayerNormBackward, FusedRmsNorm, NativeGroupNorm, NativeGroupNormBackward,
           NativeBatchNorm, NativeBatchNormLegit, NativeBatchNormLegitNoStats, BatchNormWithUpdate,
           NativeBatchNormBackward, BatchNormBackward>(*whole, key);
-  if (original<CudnnBatchNorm>(c10::DispatchKeySet(key)).exists()) {
-    install<CudnnBatchNorm, CudnnBatchNormBackward>(*whole, key);
-  }
+  // What ran forward under acceleration may be differentiated after its end, so some kernels are never taken away.
   static std::set<c10::DispatchKey> kept;
+  const bool first = kept.insert(key).second;
+  const auto keep = [&](auto op) {
+    if (first) install<decltype(op)>(*library(key).release(), key);
+  };
+  if (original<CudnnBatchNorm>(c10::DispatchKeySet(key)).exists()) {
+    install<CudnnBatchNorm>(*whole, key);
+    keep(CudnnBatchNormBackward{});
+  }
   if (original<FusedRmsNormBackward>(c10::DispatchKeySet(key)).exists()) {
     install<FusedRmsNormBackward>(*whole, key);
-  } else if (kept.insert(key).second) {
-    // It hides nothing and stays: what ran forward under acceleration may be differentiated after its end.
-    install<FusedRmsNormBackward>(*library(key).release(), key);
+  } else {
+    keep(FusedRmsNormBackward{});  // which hides nothing
   }
   return whole;
 }
@@ -420,6 +436,7 @@ void accelerate(bool on) {
   const std::lock_guard<std::mutex> lock(mutex);
   TORCH_CHECK(on || users > 0, "normops: torch's kernels are already in place");
   users += on ? 1 : -1;
+  CudnnBatchNormBackward::takes_all = users > 0;
   if (users == 0) libraries.clear();
   if (users == 0 || !libraries.empty()) return;
   Silence silence;

@@ -52,15 +52,14 @@ inline at::Tensor activation_derivative(const Activation& activation, const at::
   return result;
 }
 
-// A device's plain operators, which know torch's arguments alone, as operators with extras: for as long as its kernels
-// do not fuse them. 16-bit inputs go through the plain kernels in float, so that nothing is rounded in between.
+// A device's plain operators, which know torch's arguments alone, as operators with extras: for what its kernels do not
+// fuse. 16-bit inputs go through the plain kernels in float, so that nothing is rounded in between.
 namespace composed {
 
-// On CUDA, the dtype in which gradients of parameters are written: the weight's where it is that of the input, as in a
-// model of one dtype, whose bias then has it too; otherwise that of the arithmetic, as nothing is known of the bias.
+// The dtype in which gradients of parameters are written: the weight's, as a bias has it too in all but odd models, for
+// which autograd converts; without a weight that of the arithmetic, as nothing is known of the bias.
 inline at::ScalarType gradient_type(const OptionalTensor& weight, const at::Tensor& input) {
-  const bool own = defined(weight) && weight->scalar_type() == input.scalar_type();
-  return own ? input.scalar_type() : acc_type(input);
+  return defined(weight) ? weight->scalar_type() : acc_type(input);
 }
 
 inline at::Tensor wide(const at::Tensor& t) { return t.to(acc_type(t)); }
@@ -182,49 +181,43 @@ Tensors4 composed_add_row_norm(const at::Tensor& input, const at::Tensor& residu
   return {output, sum, mean, rstd};
 }
 
+// Channels with a mask or parameters of samples, which the kernels do not know, and others.
 template <auto channel_norm>
 Tensors3 composed_channel_norm(const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
                                const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups,
                                bool over_batch, double eps, const OptionalTensor& residual, OptionalName activation,
                                double negative_slope, const OptionalTensor& mask, int64_t varying) {
-  const Extras extras{as_activation(activation, negative_slope), residual};
-  if (defined(mask) || varying) {
-    auto [y, used_mean, used_var] =
-        compose({channel_frame(input, num_groups, over_batch, varying), eps, /*centered=*/true, mean, var, mask}, input,
-                weight, bias, extras);
-    return {composed::like(input, y), used_mean, used_var};
+  if (!defined(mask) && !varying) {
+    return channel_norm(input, mean, var, weight, bias, num_groups, over_batch, eps, residual, activation,
+                        negative_slope);
   }
-  if (!extras.epilogue()) return channel_norm(input, mean, var, weight, bias, num_groups, over_batch, eps);
+  const Extras extras{as_activation(activation, negative_slope), residual};
   auto [y, used_mean, used_var] =
-      channel_norm(composed::wide(input), mean, var, weight, bias, num_groups, over_batch, eps);
-  return {composed::finish(y, input, extras), used_mean, used_var};
+      compose({channel_frame(input, num_groups, over_batch, varying), eps, /*centered=*/true, mean, var, mask}, input,
+              weight, bias, extras);
+  return {composed::like(input, y), used_mean, used_var};
 }
 
-template <auto channel_norm, auto channel_norm_backward>
+template <auto channel_norm_backward>
 Tensors4 composed_channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                         const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups,
                                         bool over_batch, double eps, bool input_stats, Mask4 wanted,
                                         const OptionalTensor& bias, const OptionalTensor& residual,
                                         const OptionalTensor& output, OptionalName activation, double negative_slope,
                                         const OptionalTensor& mask, int64_t varying) {
-  const BackwardExtras extras{as_activation(activation, negative_slope), bias, residual, output};
-  if (defined(mask) || varying) {
-    const OptionalTensor none, given_mean = input_stats ? none : mean, given_var = input_stats ? none : var;
-    auto [dx, dweight, dbias, dresidual] = compose_backward(
-        {channel_frame(input, num_groups, over_batch, varying), eps, /*centered=*/true, given_mean, given_var, mask},
-        grad_output, input, weight, wanted, extras);
-    const auto parameter = [&](const at::Tensor& t) {
-      return t.defined() ? t.to(composed::gradient_type(weight, input)) : t;
-    };
-    return {composed::like(input, dx), parameter(dweight), parameter(dbias), composed::like(input, dresidual)};
+  if (!defined(mask) && !varying) {
+    return channel_norm_backward(grad_output, input, mean, var, weight, num_groups, over_batch, eps, input_stats,
+                                 wanted, bias, residual, output, activation, negative_slope);
   }
-  const at::Tensor dz = composed::before(grad_output, extras, [&] {
-    return std::get<0>(channel_norm(composed::wide(input), mean, var, weight, bias, num_groups, over_batch, eps));
-  });
-  const at::Tensor x = extras.activation ? composed::wide(input) : input;
-  return composed::after(channel_norm_backward(dz, x, mean, var, weight, num_groups, over_batch, eps, input_stats,
-                                               {wanted[0], wanted[1], wanted[2]}),
-                         dz, input, input.suggest_memory_format(), wanted, extras);
+  const BackwardExtras extras{as_activation(activation, negative_slope), bias, residual, output};
+  const OptionalTensor none, given_mean = input_stats ? none : mean, given_var = input_stats ? none : var;
+  auto [dx, dweight, dbias, dresidual] = compose_backward(
+      {channel_frame(input, num_groups, over_batch, varying), eps, /*centered=*/true, given_mean, given_var, mask},
+      grad_output, input, weight, wanted, extras);
+  const auto parameter = [&](const at::Tensor& t) {
+    return t.defined() ? t.to(composed::gradient_type(weight, input)) : t;
+  };
+  return {composed::like(input, dx), parameter(dweight), parameter(dbias), composed::like(input, dresidual)};
 }
 
 // The stages of BatchNorm, which know no mask either.

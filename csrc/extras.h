@@ -38,7 +38,13 @@ struct Extras {
   bool any() const { return epilogue() || weight_offset != 0; }
 };
 
-// The same for the backward, with what the derivative of the activation is taken from: the output, where the backward
+// Running statistics that a norm moves by those of its input.
+struct Tracking {
+  at::Tensor running_mean, running_var;
+  double momentum;
+};
+
+// Extras for the backward, with what the derivative of the activation is taken from: the output, where the backward
 // can do with it and a residual was added, or else the input, with bias and residual.
 struct BackwardExtras {
   Activation activation{};

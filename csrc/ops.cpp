@@ -34,9 +34,9 @@ TORCH_LIBRARY(normops, m) {
                   "Tensor input, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
                   NORMOPS_EXTRAS NORMOPS_MEMORY NORMOPS_MASK);
   public_operator("channel_layer_norm", "Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
-                  NORMOPS_EXTRAS NORMOPS_OFFSET);
+                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY);
   public_operator("channel_rms_norm", "Tensor input, Tensor? weight=None, float? eps=None",
-                  NORMOPS_EXTRAS NORMOPS_OFFSET ", Tensor? bias=None");
+                  NORMOPS_EXTRAS NORMOPS_OFFSET NORMOPS_MEMORY ", Tensor? bias=None");
   m.def(
       "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " Tensor? bias=None, float eps=1e-05, *, float weight_offset=0.0) -> (Tensor output, Tensor sum)");
@@ -67,6 +67,11 @@ TORCH_LIBRARY(normops, m) {
       " Tensor? mask=None" NORMOPS_VARYING
       ")"
       " -> (Tensor output, Tensor mean, Tensor var)");
+  // The same with statistics of the input, a group for each channel, which also moves the running statistics.
+  m.def(
+      "_channel_norm_tracked(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? weight,"
+      " Tensor? bias, bool over_batch, float momentum, float eps, Tensor? residual=None, str? activation=None,"
+      " float negative_slope=0.01) -> (Tensor output, Tensor mean, Tensor var)");
   m.def(
       "_channel_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight,"
       " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[4] "
@@ -130,9 +135,9 @@ at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, con
 
 at::Tensor fused_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                     double eps, OptionalName activation, double negative_slope,
-                                    const OptionalTensor& residual, double weight_offset) {
+                                    const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
   static const auto op = find<decltype(fused_channel_layer_norm)>("normops::channel_layer_norm", "fused");
-  return op.call(input, weight, bias, eps, activation, negative_slope, residual, weight_offset);
+  return op.call(input, weight, bias, eps, activation, negative_slope, residual, weight_offset, memory_efficient);
 }
 
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
@@ -192,6 +197,16 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& mean, const
                     const OptionalTensor&, int64_t)>("normops::_channel_norm");
   return op.call(input, mean, var, weight, bias, std::move(num_groups), over_batch, eps, extras.residual,
                  name_of(extras.activation), extras.activation.negative_slope, extras.mask, extras.varying);
+}
+
+Tensors3 channel_norm_tracked(const at::Tensor& input, const Tracking& tracking, const OptionalTensor& weight,
+                              const OptionalTensor& bias, bool over_batch, double eps, const Extras& extras) {
+  static const auto op =
+      find<Tensors3(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                    const OptionalTensor&, bool, double, double, const OptionalTensor&, OptionalName, double)>(
+          "normops::_channel_norm_tracked");
+  return op.call(input, tracking.running_mean, tracking.running_var, weight, bias, over_batch, tracking.momentum, eps,
+                 extras.residual, name_of(extras.activation), extras.activation.negative_slope);
 }
 
 Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,

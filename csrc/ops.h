@@ -21,7 +21,8 @@ at::Tensor fused_group_norm(const at::Tensor& input, c10::SymInt num_groups, con
 at::Tensor fused_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                     double eps, OptionalName activation = {},
                                     double negative_slope = Activation{}.negative_slope,
-                                    const OptionalTensor& residual = {}, double weight_offset = 0);
+                                    const OptionalTensor& residual = {}, double weight_offset = 0,
+                                    bool memory_efficient = false);
 Tensors2 add_layer_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
                         const OptionalTensor& weight, const OptionalTensor& bias, double eps, double weight_offset);
 Tensors2 add_rms_norm(const at::Tensor& input, const at::Tensor& residual, c10::SymIntArrayRef normalized_shape,
@@ -41,6 +42,8 @@ Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64
 Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
                       const OptionalTensor& weight, const OptionalTensor& bias, c10::SymInt num_groups, bool over_batch,
                       double eps, const Extras& extras = {});
+Tensors3 channel_norm_tracked(const at::Tensor& input, const Tracking& tracking, const OptionalTensor& weight,
+                              const OptionalTensor& bias, bool over_batch, double eps, const Extras& extras = {});
 Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
                                const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
                                bool over_batch, double eps, bool input_stats, Mask4 output_mask,

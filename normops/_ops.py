@@ -38,9 +38,8 @@ def _parameter_shape(input, leading, plain, varying):
 
 
 def _parameter_dtype(input, weight):
-    """The dtype of dweight and dbias. CUDA kernels write them in that of the weight, if the input has it too."""
-    own = weight is not None and weight.dtype == input.dtype and input.device.type == "cuda"
-    return input.dtype if own else _acc_dtype(input)
+    """The dtype of dweight and dbias. CUDA kernels write them in that of the weight."""
+    return weight.dtype if weight is not None and input.device.type == "cuda" else _acc_dtype(input)
 
 
 def _dense_like(input):
@@ -109,6 +108,12 @@ def _(
 @torch.library.register_fake("normops::_channel_norm")
 def _(input, mean, var, weight, bias, num_groups, over_batch, eps, *extras, **more):
     statistics = [num_groups] if over_batch else [input.shape[0], num_groups]
+    return _dense_like(input), *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
+
+
+@torch.library.register_fake("normops::_channel_norm_tracked")
+def _(input, running_mean, running_var, weight, bias, over_batch, momentum, eps, *extras, **more):
+    statistics = input.shape[1 if over_batch else 0 : 2]
     return _dense_like(input), *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
 
 

@@ -432,6 +432,7 @@ def channel_layer_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Layer normalization over the channels: one statistic per sample and position, over dimension 1.
 
@@ -444,14 +445,15 @@ def channel_layer_norm(
         input: shape :math:`(N, C, *)`. The result has its shape, and its memory format.
         weight, bias: shape :math:`(C)`, or ``None``.
         eps: added to the variance.
-        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
+            :mod:`normops.functional`; an input whose channels do not lie side by side is kept in any case.
 
     Raises:
         ValueError: ``input`` has fewer than two dimensions.
         RuntimeError: a parameter has another shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    extras = _extras(activation, negative_slope, residual, weight_offset)
+    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient)
     return _call(_channel_layer_norm, input, weight, bias, eps, **extras)
 
 
@@ -464,6 +466,7 @@ def channel_rms_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
+    memory_efficient: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
     r"""Root mean square layer normalization over the channels: :func:`channel_layer_norm` without the mean.
@@ -472,12 +475,13 @@ def channel_rms_norm(
         input: shape :math:`(N, C, *)`. The result has its shape, and its memory format.
         weight, bias: shape :math:`(C)`, or ``None``.
         eps: as of :func:`rms_norm`.
-        activation, negative_slope, residual, weight_offset: see the top of :mod:`normops.functional`.
+        activation, negative_slope, residual, weight_offset, memory_efficient: see the top of
+            :mod:`normops.functional`; an input whose channels do not lie side by side is kept in any case.
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: as :func:`channel_layer_norm`.
     """
-    extras = _extras(activation, negative_slope, residual, weight_offset, bias=bias)
+    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient, bias=bias)
     return _call(_channel_rms_norm, input, weight, eps, **extras)
 
 

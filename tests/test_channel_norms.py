@@ -73,6 +73,7 @@ def test_shapes(case, shape, device):
     check(make(case, shape, device=device))
 
 
+@pytest.mark.real_device
 @each_layout
 @each_case
 def test_layouts(case, layout, device):
@@ -97,6 +98,7 @@ def test_epilogues(case, residual, activation, device):
     check(sample)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("leaf", ["input", "weight", "bias", "residual"])
 @each_case
 def test_gradient_of_one(case, leaf, device):
@@ -109,6 +111,7 @@ def test_gradient_of_one(case, leaf, device):
         check(sample)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("names", [(), ("weight",), ("bias",)], ids=str)
 @each_case
 def test_absent_parameters(case, names, device):
@@ -154,6 +157,7 @@ def test_nothing_is_copied(memory_format, device):
 # gradcheck, double backward, transforms
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("activation", [None, "silu"], ids=str)
 @each_case
 def test_gradcheck(case, activation, device):
@@ -183,6 +187,7 @@ def test_opcheck(case, memory_format, device):
     torch.library.opcheck(getattr(OPS, case.op).default, (sample.input,))
 
 
+@pytest.mark.real_device
 @each_memory_format
 @each_case
 def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
@@ -197,6 +202,7 @@ def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
         assert (result.shape, result.stride(), result.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("mode", ["auto", "decompose"])
 @each_memory_format
@@ -231,6 +237,7 @@ MODULES = {
 }
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, device):
     shape = MODULES[name]

@@ -70,6 +70,9 @@ def test_opcheck_of_running_stats(device):
     for shape in ((6,), (4, 6)):
         new = [torch.rand(shape, device=device, dtype=torch.float64) for _ in range(2)]
         torch.library.opcheck(OPS._update_running_stats.default, (*stats, *new, 0.1, 20))
+    for over_batch in (True, False):
+        x = torch.randn(4, 6, 5, device=device)
+        torch.library.opcheck(OPS._channel_norm_tracked.default, (x, *stats, None, None, over_batch, 0.1, 1e-5))
 
 
 def stages(x, dy):

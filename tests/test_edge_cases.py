@@ -104,6 +104,22 @@ def test_long_lines(case, dtype, positions, device):
     check(case.sample((1, 6, positions), dtype, device=device))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("batch_norm_training", (3, 32, 24000), torch.float32),
+        ("instance_norm", (1, 4, 90004), torch.float32),
+        ("instance_norm", (1, 5, 200008), torch.bfloat16),
+        ("group_norm_3", (1, 12, 40004), torch.float32),
+    ],
+    ids=str,
+)
+def test_larger_slabs(name, shape, dtype, device):
+    """On CUDA a slab goes to a cluster, its lines cut anywhere; of several channels in the forward alone."""
+    case = next(case for case in CASES if case.name == name)
+    check(case.sample(shape, dtype, device=device))
+
+
 @pytest.mark.parametrize("positions", [32767, 32768, 32769, 70000])
 @each_channel_case
 def test_contiguous_segments(case, positions, device):

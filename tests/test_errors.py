@@ -285,6 +285,15 @@ PRIVATE = {
         "sum_dy_xhat": (X, X, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS[:5], 20, 1e-5),
         "count": (X, X, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 0, 1e-5),
     },
+    "_channel_norm_tracked": {
+        "right": (X, SIX.clone(), SIX.clone(), None, None, True, 0.1, 1e-5),
+        "running_mean": (X, FIVE.clone(), SIX.clone(), None, None, True, 0.1, 1e-5),
+        "running_var": (X, SIX.clone(), FIVE.clone(), None, None, True, 0.1, 1e-5),
+        "weight": (X, SIX.clone(), SIX.clone(), CHANNELS[:5], None, True, 0.1, 1e-5),
+        "bias": (X, SIX.clone(), SIX.clone(), None, CHANNELS[:5], False, 0.1, 1e-5),
+        "dtype": (X, SIX.int(), SIX.int(), None, None, True, 0.1, 1e-5),
+        "empty": (X[:0], SIX.clone(), SIX.clone(), None, None, True, 0.1, 1e-5),
+    },
     "_update_running_stats": {
         "right": (SIX.clone(), SIX.clone(), CHANNELS, CHANNELS, 0.1, 20),
         "running_mean": (FIVE.clone(), SIX.clone(), CHANNELS, CHANNELS, 0.1, 20),

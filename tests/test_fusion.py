@@ -82,7 +82,18 @@ def test_functions_are_exact_to_rounding(activation, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3), (5, 6), (2, 64, 9), (33, 48, 1), (2, 6, 40, 31), (9, 3, 7, 7), (3, 200, 3, 5)]
+    "shape",
+    [
+        (1, 3),
+        (5, 6),
+        (2, 64, 9),
+        (33, 48, 1),
+        (2, 6, 40, 31),
+        (9, 3, 7, 7),
+        (3, 200, 3, 5),
+        (4, 3, 51, 51),
+        (2, 3, 9001),
+    ],
 )
 @each_residual
 @few_cases
@@ -209,7 +220,6 @@ def test_layouts(case, layout, residual, device):
     check(laid_out(fused(case, "leaky_relu", residual, device=device), LAYOUTS[layout]))
 
 
-@pytest.mark.real_device
 @each_layout
 @few_cases
 def test_residual_of_another_layout(case, layout, device):
@@ -218,7 +228,16 @@ def test_residual_of_another_layout(case, layout, device):
     check(sample)
 
 
-# Not emulated, nor are some others: on CUDA an epilogue is made of torch's operators so far.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_residual
+@few_activations
+@few_cases
+def test_half_precision(case, activation, residual, dtype, device):
+    """With the roundings of any device: the gradient before the activation is rounded where registers keep it."""
+    sample = fused(case, activation, residual, dtype=dtype, device=device)
+    check(sample, roundings={"grad_input": 2, "grad_weight": 3, "grad_bias": 3} if activation else {})
+
+
 @pytest.mark.real_device
 @each_memory_format
 @each_dtype

@@ -88,6 +88,7 @@ def test_shapes(case, kind, shape):
         check(laid_out(sample, LAYOUTS["channels_last"]))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("kind", ["lengths", "random"])
 @each_layout
 @each_channel_case
@@ -95,6 +96,7 @@ def test_layouts(case, layout, kind, device):
     check(laid_out(masked(case, kind, device=device), LAYOUTS[layout]))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("kind", ["lengths", "random"])
 @each_memory_format
 @each_dtype
@@ -104,6 +106,7 @@ def test_dtypes(case, dtype, memory_format, kind, device):
     check(laid_out(sample, lambda x: x.contiguous(memory_format=memory_format)))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"], ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @each_mask
@@ -121,6 +124,7 @@ def test_epilogues_in_half_precision(case, activation, residual):
     check(sample, roundings={"grad_input": 2, "grad_weight": 3, "grad_bias": 3})
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("leaf", ["input", "weight", "bias", "residual"])
 @few_cases
 def test_gradient_of_one(case, leaf, device):
@@ -194,6 +198,7 @@ def differentiable(case, kind, device="cpu", functions=F, residual=True):
     return function, (sample.input, *sample.parameters.values())
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "epilogue"])
 @pytest.mark.parametrize("kind", ["lengths", "holes"])
 @each_channel_case
@@ -203,6 +208,7 @@ def test_gradcheck(case, kind, residual, device):
     assert gradgradcheck(function, tensors, fast_mode=True)
 
 
+@pytest.mark.real_device
 @few_cases
 def test_third_order(case, device):
     results = []
@@ -215,6 +221,7 @@ def test_third_order(case, device):
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.real_device
 @few_cases
 def test_tangents_and_transforms(case, device):
     results = []
@@ -231,6 +238,7 @@ def test_tangents_and_transforms(case, device):
     torch.testing.assert_close(torch.vmap(function)(*many), torch.stack(alone))
 
 
+@pytest.mark.real_device
 def test_vmap_over_masks(device):
     x = torch.randn(5, 3, 4, 6, device=device)
     masks = torch.stack([F.length_mask(torch.randint(2, 7, (3,)), 6) for _ in range(5)]).to(device)
@@ -258,6 +266,7 @@ def test_running_statistics_of_batch_norm(kind, device):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.real_device
 @each_mask
 def test_running_statistics_of_instance_norm(kind, device):
     """The average over the samples that have something."""
@@ -299,6 +308,7 @@ def forget_compiled_code():
     torch._dynamo.reset()
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "differentiable"])
 @few_cases
 def test_opcheck(case, requires_grad, device):
@@ -327,6 +337,7 @@ def test_opcheck_of_private_operators(device):
         torch.library.opcheck(OPS._update_running_stats.counted, (*stats, *new, 0.1, counts))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @few_cases
 def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
@@ -346,6 +357,7 @@ def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
         assert (result.shape, result.stride(), result.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("mode", ["auto", "kernel", "decompose"])
 @few_cases
@@ -374,6 +386,7 @@ def test_compile(case, mode, dynamic, device):
     torch.testing.assert_close([sample.fixed[name] for name in statistics if name in sample.fixed], moved)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 def test_backend(residual, device):
     """What follows a masked norm stays behind it: it is not masked."""
@@ -402,6 +415,7 @@ def test_compiled_autograd(device):
         assert torch.equal(result, other)
 
 
+@pytest.mark.real_device
 def test_length_mask_in_compiled_code(device):
     def norm(x, lengths):
         return F.instance_norm(x, mask=F.length_mask(lengths, x.shape[-1]))
@@ -414,6 +428,7 @@ def test_length_mask_in_compiled_code(device):
 # modules
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("name, args", [("BatchNorm1d", (6,)), ("InstanceNorm1d", (6,)), ("GroupNorm", (3, 6))])
 def test_modules(name, args, device):
     layer = getattr(normops, name)(*args, activation="relu", device=device)
@@ -435,6 +450,7 @@ def test_modules(name, args, device):
     torch.testing.assert_close(scripted(x, r, mask), layer(x, r, mask))
 
 
+@pytest.mark.real_device
 def test_module_in_evaluation(device):
     layer = normops.BatchNorm1d(6, device=device).eval()
     layer.running_mean.normal_()
@@ -442,6 +458,7 @@ def test_module_in_evaluation(device):
     torch.testing.assert_close(layer(x, mask=mask), layer(x) * mask.unsqueeze(1))
 
 
+@pytest.mark.real_device
 def test_unbatched_instance_norm(device):
     layer = normops.InstanceNorm1d(6, device=device)
     x = torch.randn(6, 9, device=device)
@@ -466,6 +483,7 @@ def test_symbolic_trace():
 # length_mask, errors
 
 
+@pytest.mark.real_device
 def test_length_mask(device):
     expected = torch.tensor([[True, True, False], [False, False, False], [True, True, True]], device=device)
     for dtype in (torch.int64, torch.int32, torch.uint8):

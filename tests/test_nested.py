@@ -46,6 +46,7 @@ def test_rows(op, dtype, device):
     )
 
 
+@pytest.mark.real_device
 def test_sum_of_rows(device):
     nested, _ = sequences(device=device)
     y, total = F.add_layer_norm(nested, nested, (CHANNELS,))
@@ -54,6 +55,7 @@ def test_sum_of_rows(device):
         torch.testing.assert_close(part, TF.layer_norm(2 * x, (CHANNELS,)))
 
 
+@pytest.mark.real_device
 def test_batch_norm(device):
     nested, leaves = sequences(device=device)
     weight, bias = torch.randn(2, CHANNELS, device=device)
@@ -67,6 +69,7 @@ def test_batch_norm(device):
     torch.testing.assert_close(*running)
 
 
+@pytest.mark.real_device
 def test_instance_norm(device):
     LENGTHS[1] = 2  # one value has no variance
     try:
@@ -82,6 +85,7 @@ def test_instance_norm(device):
         LENGTHS[1] = 1
 
 
+@pytest.mark.real_device
 def test_residual(device):
     nested, leaves = sequences(device=device)
     x = nested.detach().transpose(1, 2)
@@ -92,6 +96,7 @@ def test_residual(device):
         torch.testing.assert_close(part, other)
 
 
+@pytest.mark.real_device
 def test_modules(device):
     nested, leaves = sequences(device=device)
     layer = normops.LayerNorm(CHANNELS, device=device)

@@ -55,6 +55,7 @@ def test_parameters_of_rows(case, leading, device):
     check(sample)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize(
     "shape", [(1, 6, 9), (3, 200), (33, 48, 1), (2, 80, 30, 31), (12, 6, 7, 7), (3, 4, 9001)], ids=str
 )
@@ -64,12 +65,14 @@ def test_shapes(case, shape, device):
     check(varying(case, shape=case.enough(shape), device=device))
 
 
+@pytest.mark.real_device
 @each_layout
 @few_cases
 def test_layouts(case, layout, device):
     check(laid_out(varying(case, device=device), LAYOUTS[layout]))
 
 
+@pytest.mark.real_device
 @each_memory_format
 @each_dtype
 @few_cases
@@ -79,6 +82,7 @@ def test_dtypes(case, dtype, memory_format, device):
     check(varying(case, dtype=dtype, parameter_dtype=torch.float32, device=device))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"], ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @few_cases
@@ -99,6 +103,7 @@ def test_one_of_them(case, names, activation, device):
         check(sample)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("leaf", ["input", "weight", "bias"])
 @few_cases
 def test_gradient_of_one(case, leaf, device):
@@ -109,6 +114,7 @@ def test_gradient_of_one(case, leaf, device):
         check(sample)
 
 
+@pytest.mark.real_device
 @each([case for case in CASES if case.name in ("instance_norm", "group_norm_3", "group_norm_1")])
 def test_with_mask(case, device):
     sample = varying(case, device=device)
@@ -116,6 +122,7 @@ def test_with_mask(case, device):
     check(sample)
 
 
+@pytest.mark.real_device
 @few_cases
 def test_equal_parameters(case, device):
     """As one parameter for all, whose gradient is their sum."""
@@ -161,6 +168,7 @@ def differentiable(case, device, functions=F, activation=None):
     return function, (sample.input, *sample.parameters.values())
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("activation", [None, "silu"], ids=str)
 @few_cases
 def test_gradcheck(case, activation, device):
@@ -169,6 +177,7 @@ def test_gradcheck(case, activation, device):
     assert gradgradcheck(function, tensors, fast_mode=True)
 
 
+@pytest.mark.real_device
 @few_cases
 def test_vmap(case, device):
     function, tensors = differentiable(case, device)
@@ -185,6 +194,7 @@ def forget_compiled_code():
     torch._dynamo.reset()
 
 
+@pytest.mark.real_device
 @few_cases
 def test_opcheck(case, device):
     sample = varying(case, device=device)
@@ -210,6 +220,7 @@ def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
         assert (result.shape, result.stride(), result.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
 @few_cases
@@ -233,6 +244,7 @@ def test_compile(case, mode, dynamic, device):
         torch.testing.assert_close(result, expected[f"grad_{name}"], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 def test_backend(op, device):
     """A norm takes over what follows it, and no sum before it."""
@@ -250,6 +262,7 @@ def test_backend(op, device):
 # modules
 
 
+@pytest.mark.real_device
 def test_ada_layer_norm(device):
     x = torch.randn(3, 11, 8, device=device)
     scale, shift = torch.randn(2, 3, 8, device=device)
@@ -265,6 +278,7 @@ def test_ada_layer_norm(device):
     torch.testing.assert_close(gelu(x, scale, torch.zeros_like(shift)), expected)
 
 
+@pytest.mark.real_device
 def test_ada_rms_norm(device):
     x = torch.randn(3, 11, 8, device=device)
     scale, shift = torch.randn(2, 3, 8, device=device)
@@ -274,6 +288,7 @@ def test_ada_rms_norm(device):
     torch.testing.assert_close(layer(x, scale, shift), plain + shift.unsqueeze(1))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("layer", [normops.AdaInstanceNorm(6), normops.AdaGroupNorm(3, 6)], ids=str)
 def test_ada_channels(layer, device):
     x = torch.randn(3, 6, 5, 4, device=device)

@@ -17,16 +17,28 @@ namespace {
 c10::SymInt groups_of(const at::Tensor& mean) { return mean.sym_size(-1); }
 bool is_over_batch(const at::Tensor& mean) { return mean.dim() == 1; }
 
+Tensors3 below_autograd(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                        const OptionalTensor& weight, const OptionalTensor& bias, const c10::SymInt& num_groups,
+                        bool over_batch, double eps, const Extras& extras, const Tracking* tracking) {
+  if (tracking) {
+    const at::AutoDispatchBelowAutograd below;  // versions have yet to be told
+    return ops::channel_norm_tracked(input, *tracking, weight, bias, over_batch, eps, extras);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps, extras);
+}
+
 struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
   static constexpr size_t kDifferentiable = 1;  // not the statistics
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& residual,
                                const OptionalTensor& given_mean, const OptionalTensor& given_var,
-                               const c10::SymInt& num_groups, bool over_batch, double eps, const Extras& extras) {
-    const at::AutoDispatchBelowADInplaceOrView below;
+                               const c10::SymInt& num_groups, bool over_batch, double eps, const Extras& extras,
+                               const Tracking* tracking) {
     auto [output, mean, var] =
-        ops::channel_norm(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps, extras);
+        below_autograd(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps, extras, tracking);
+    const at::AutoDispatchBelowADInplaceOrView below;
     variable_list saved{input, weight.value_or(at::Tensor()), mean, var};
     save_for_activation(saved, extras, bias, output);
     if (const auto kept = inputs_to_keep(input, output, weight, bias, /*normalized_ndim=*/0, extras)) {
@@ -42,7 +54,7 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    if (!grads[0].defined()) return variable_list(10);
+    if (!grads[0].defined()) return variable_list(11);
     const auto [input_stats, has_bias, has_residual] = saved_mask(ctx);
     BackwardExtras extras = saved_extras(ctx);
     restore_for_activation(extras, saved, 4);
@@ -63,7 +75,7 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
     auto [dx, dweight, dbias, dresidual] =
         ops::channel_norm_backward(grads[0], input, mean, saved[3], saved[1], groups_of(mean), is_over_batch(mean), eps,
                                    input_stats, wanted, extras);
-    return {dx, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}, {}, {}};
+    return {dx, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -130,22 +142,30 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                     output_mask, extras);
 }
 
+void move_running_stats(const Tracking& tracking, const at::Tensor& input, const at::Tensor& mean,
+                        const at::Tensor& var) {
+  const c10::SymInt samples = is_over_batch(mean) ? c10::SymInt(1) : input.sym_size(0);
+  const c10::SymInt count = input.sym_numel() / (input.sym_size(1) * samples);
+  ops::update_running_stats(tracking.running_mean, tracking.running_var, mean, var, tracking.momentum, count);
+}
+
 // (output, mean, var)
 Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean, const OptionalTensor& given_var,
                       const OptionalTensor& weight, const OptionalTensor& bias, c10::SymInt num_groups, bool over_batch,
-                      double eps, const Extras& extras) {
+                      double eps, const Extras& extras, const Tracking* tracking = nullptr) {
   if (composition_needed(input, weight, bias, extras.residual)) {
-    return compose(
-        channel_layer(input, num_groups, over_batch, eps, given_mean, given_var, extras.mask, extras.varying), input,
-        weight, bias, extras);
+    const Tensors3 results =
+        compose(channel_layer(input, num_groups, over_batch, eps, given_mean, given_var, extras.mask, extras.varying),
+                input, weight, bias, extras);
+    if (tracking) move_running_stats(*tracking, input, std::get<1>(results), std::get<2>(results));
+    return results;
   }
   if (gradient_needed(input, weight, bias, extras.residual)) {
     const variable_list results = record<ChannelNorm>(input, weight, bias, extras.residual, given_mean, given_var,
-                                                      num_groups, over_batch, eps, extras);
+                                                      num_groups, over_batch, eps, extras, tracking);
     return {results[0], results[1], results[2]};
   }
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return ops::channel_norm(input, given_mean, given_var, weight, bias, std::move(num_groups), over_batch, eps, extras);
+  return below_autograd(input, given_mean, given_var, weight, bias, num_groups, over_batch, eps, extras, tracking);
 }
 
 Tensors3 private_channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
@@ -157,20 +177,34 @@ Tensors3 private_channel_norm(const at::Tensor& input, const OptionalTensor& giv
                       {as_activation(activation, negative_slope), residual, 0, false, mask, varying});
 }
 
+Tensors3 private_channel_norm_tracked(const at::Tensor& input, const at::Tensor& running_mean,
+                                      const at::Tensor& running_var, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, bool over_batch, double momentum, double eps,
+                                      const OptionalTensor& residual, OptionalName activation, double negative_slope) {
+  const Tracking tracking{running_mean, running_var, momentum};
+  return channel_norm(input, std::nullopt, std::nullopt, weight, bias, input.sym_size(1), over_batch, eps,
+                      {as_activation(activation, negative_slope), residual}, &tracking);
+}
+
 // Batch- and InstanceNorm with statistics of the input, which also move the running statistics.
 at::Tensor norm_and_track(const at::Tensor& input, const OptionalTensor& running_mean,
                           const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
                           bool over_batch, double momentum, double eps, const Extras& extras) {
   const c10::SymInt channels = input.sym_size(1);
+  const bool tracks = defined(running_mean) && input.sym_numel() != 0;
+  if (tracks && !defined(extras.mask) && !extras.varying) {
+    const Tracking tracking{*running_mean, *running_var, momentum};
+    return std::get<0>(
+        channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, over_batch, eps, extras, &tracking));
+  }
   const auto [output, mean, var] =
       channel_norm(input, std::nullopt, std::nullopt, weight, bias, channels, over_batch, eps, extras);
-  if (!defined(running_mean) || input.sym_numel() == 0) return output;
+  if (!tracks) return output;
   if (defined(extras.mask)) {
     const at::Tensor counts = extras.mask->reshape_symint({over_batch ? 1 : input.sym_size(0), -1}).sum(1);
     ops::update_counted_stats(*running_mean, *running_var, mean, var, momentum, counts);
   } else {
-    const c10::SymInt count = input.sym_numel() / (over_batch ? channels : channels * input.sym_size(0));
-    ops::update_running_stats(*running_mean, *running_var, mean, var, momentum, count);
+    move_running_stats({*running_mean, *running_var, momentum}, input, mean, var);
   }
   return output;
 }
@@ -327,18 +361,31 @@ at::Tensor group_norm(const at::Tensor& input, c10::SymInt num_groups, const Opt
 }
 
 // Written through the kernels, so the tensors' versions have to be told; first, as that may be refused.
-void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
-                          const at::Tensor& var, double momentum, c10::SymInt count) {
+void bump_versions(const at::Tensor& running_mean, const at::Tensor& running_var) {
   running_mean.unsafeGetTensorImpl()->bump_version();
   running_var.unsafeGetTensorImpl()->bump_version();
+}
+
+void update_running_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
+                          const at::Tensor& var, double momentum, c10::SymInt count) {
+  bump_versions(running_mean, running_var);
   const at::AutoDispatchBelowADInplaceOrView below;
   ops::update_running_stats(running_mean, running_var, mean, var, momentum, std::move(count));
 }
 
+Tensors3 channel_norm_tracked(const at::Tensor& input, const at::Tensor& running_mean, const at::Tensor& running_var,
+                              const OptionalTensor& weight, const OptionalTensor& bias, bool over_batch,
+                              double momentum, double eps, const OptionalTensor& residual, OptionalName activation,
+                              double negative_slope) {
+  bump_versions(running_mean, running_var);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return ops::channel_norm_tracked(input, {running_mean, running_var, momentum}, weight, bias, over_batch, eps,
+                                   {as_activation(activation, negative_slope), residual});
+}
+
 void update_counted_stats(const at::Tensor& running_mean, const at::Tensor& running_var, const at::Tensor& mean,
                           const at::Tensor& var, double momentum, const at::Tensor& count) {
-  running_mean.unsafeGetTensorImpl()->bump_version();
-  running_var.unsafeGetTensorImpl()->bump_version();
+  bump_versions(running_mean, running_var);
   const at::AutoDispatchBelowADInplaceOrView below;
   ops::update_counted_stats(running_mean, running_var, mean, var, momentum, count);
 }
@@ -390,6 +437,7 @@ TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
   m.impl("group_norm", group_norm);
   m.impl("group_norm.fused", fused_group_norm);
   m.impl("_channel_norm", private_channel_norm);
+  m.impl("_channel_norm_tracked", private_channel_norm_tracked);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", compose_running_stats);
   m.impl("_update_running_stats.counted", compose_counted_stats);
@@ -397,6 +445,7 @@ TORCH_LIBRARY_IMPL(normops, FuncTorchBatched, m) {
 
 TORCH_LIBRARY_IMPL(normops, Autograd, m) {
   m.impl("_channel_norm", private_channel_norm);
+  m.impl("_channel_norm_tracked", private_channel_norm_tracked);
   m.impl("_channel_norm_backward", channel_norm_backward);
   m.impl("_update_running_stats", torch::CppFunction::makeFallthrough());
   m.impl("_update_running_stats.counted", torch::CppFunction::makeFallthrough());
@@ -413,6 +462,7 @@ TORCH_LIBRARY_IMPL(normops, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(normops, ADInplaceOrView, m) {
   m.impl("_update_running_stats", update_running_stats);
   m.impl("_update_running_stats.counted", update_counted_stats);
+  m.impl("_channel_norm_tracked", channel_norm_tracked);
 }
 
 }  // namespace normops

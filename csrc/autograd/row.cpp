@@ -247,6 +247,7 @@ at::Tensor norm_channels(const char* op, const at::Tensor& input, const Optional
   check_parameter(op, "weight", weight, input, input.sym_size(1), "channels of input");
   check_parameter(op, "bias", bias, input, input.sym_size(1), "channels of input");
   if (input.sym_stride(1) != 1 || input.sym_size(1) == 1) {
+    extras.memory_efficient = false;
     return std::get<0>(row_norm(input, /*normalized_ndim=*/0, weight, bias, eps, centered, extras,
                                 /*with_statistics=*/false));
   }
@@ -258,29 +259,29 @@ at::Tensor norm_channels(const char* op, const at::Tensor& input, const Optional
 
 at::Tensor fused_channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                     double eps, OptionalName activation, double negative_slope,
-                                    const OptionalTensor& residual, double weight_offset) {
-  return norm_channels("channel_layer_norm", input, weight, bias, eps, /*centered=*/true,
-                       check_extras("channel_layer_norm", input, activation, negative_slope, residual, weight_offset,
-                                    /*memory_efficient=*/false));
+                                    const OptionalTensor& residual, double weight_offset, bool memory_efficient) {
+  return norm_channels(
+      "channel_layer_norm", input, weight, bias, eps, /*centered=*/true,
+      check_extras("channel_layer_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient));
 }
 
 at::Tensor fused_channel_rms_norm(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps,
                                   OptionalName activation, double negative_slope, const OptionalTensor& residual,
-                                  double weight_offset, const OptionalTensor& bias) {
-  return norm_channels("channel_rms_norm", input, weight, bias, eps.value_or(default_rms_eps(input)),
-                       /*centered=*/false,
-                       check_extras("channel_rms_norm", input, activation, negative_slope, residual, weight_offset,
-                                    /*memory_efficient=*/false));
+                                  double weight_offset, bool memory_efficient, const OptionalTensor& bias) {
+  return norm_channels(
+      "channel_rms_norm", input, weight, bias, eps.value_or(default_rms_eps(input)),
+      /*centered=*/false,
+      check_extras("channel_rms_norm", input, activation, negative_slope, residual, weight_offset, memory_efficient));
 }
 
 // The overloads without extras.
 at::Tensor channel_layer_norm(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                               double eps) {
-  return fused_channel_layer_norm(input, weight, bias, eps, {}, Activation{}.negative_slope, {}, 0);
+  return fused_channel_layer_norm(input, weight, bias, eps, {}, Activation{}.negative_slope, {}, 0, false);
 }
 
 at::Tensor channel_rms_norm(const at::Tensor& input, const OptionalTensor& weight, std::optional<double> eps) {
-  return fused_channel_rms_norm(input, weight, eps, {}, Activation{}.negative_slope, {}, 0, {});
+  return fused_channel_rms_norm(input, weight, eps, {}, Activation{}.negative_slope, {}, 0, false, {});
 }
 
 at::Tensor layer_norm(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,

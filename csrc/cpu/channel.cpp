@@ -207,7 +207,7 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       const auto moments = [&](int64_t c, const Tile& valid, const Lines<const T>& x) {
         kernel.moments(valid, x, mean + at + c, m2 + at + c);
       };
-      for_valid(tile, mask->runs(k), moments, lines);
+      for_valid(tile, mask->segment(k), moments, lines);
     });
   };
   const auto merge = [&](const Region& r) {
@@ -276,7 +276,7 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       } else {
         kernel.apply(tile, from, to, coefficients);
       }
-      if (mask) clear_masked(whole, mask->runs(k), y.lines(g, k, r.first_channel));
+      if (mask) clear_masked(whole, mask->segment(k), y.lines(g, k, r.first_channel));
     });
   };
   run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
@@ -335,7 +335,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
         const auto sums = [&](int64_t c, const Tile& valid, const Lines<const T>& dz, const Lines<const T>& x) {
           kernel.grad_sums(valid, dz, x, center + row + c, sum_dy + at + c, sum_dy_x + at + c);
         };
-        for_valid(tile, mask->runs(k), sums, dz, x);
+        for_valid(tile, mask->segment(k), sums, dz, x);
       };
       if (epilogue) {
         const Span span(tile, mask, k);
@@ -351,7 +351,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
                                          of(epilogue.dz)};
         const bool sums = sums_needed && !apart;
         if (span.tile.positions > 0) before.run(sums ? sum_dy + at : nullptr, sums ? sum_dy_x + at : nullptr);
-        if (mask) clear_masked(tile, mask->runs(k), epilogue.dz.lines(g, k, r.first_channel));
+        if (mask) clear_masked(tile, mask->segment(k), epilogue.dz.lines(g, k, r.first_channel));
         if (sums_needed && apart) {
           sums_of_valid(gradient.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel));
         }
@@ -442,7 +442,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
         kernel.grad_apply(span.tile, from, span.of(x.lines(g, k, r.first_channel)), to,
                           {center + at, scale + at, slope + at, shift + at});
       }
-      if (mask) clear_masked(whole, mask->runs(k), dx.lines(g, k, r.first_channel));
+      if (mask) clear_masked(whole, mask->segment(k), dx.lines(g, k, r.first_channel));
     });
   };
   run_stages(g, 2 * sizeof(T), given || totals.dy, reduce, merge, coefficients, apply);

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <memory>
 #include <tuple>
 #include <type_traits>
@@ -29,39 +28,59 @@ struct Run {
 
 class Mask {
  public:
-  // `valid` has a flag for each position of every sample, in order.
-  Mask(const Geometry& g, const bool* valid) : segments_(g.segments() + 1), positions_(g.rows(), 0) {
-    for (int64_t k = 0; k < g.segments(); ++k) {
-      segments_[k] = runs_.size();
-      const bool* const flags = valid + g.sample_of(k) * g.positions + g.segment_begin(k);
-      const int64_t length = g.segment_count(k);
-      const auto find = [&](bool flag, int64_t from) {
-        const void* const found = std::memchr(flags + from, flag, length - from);
-        return found ? static_cast<const bool*>(found) - flags : length;
-      };
-      for (int64_t end, begin = find(true, 0); begin < length; begin = find(true, end)) {
-        end = find(false, begin);
-        runs_.push_back({begin, end - begin});
-        positions_[g.row_of(g.sample_of(k))] += end - begin;
+  // What a segment has of valid positions, and of masked ones: as runs, and, where contiguous lines have short ones,
+  // one by one as well.
+  struct Positions {
+    std::vector<Run> runs;
+    std::vector<int32_t> each;
+    int64_t count = 0;
+
+    void add(int64_t begin, int64_t end) {
+      if (begin == end) return;
+      runs.push_back({begin, end - begin});
+      count += end - begin;
+    }
+    void list() {
+      constexpr int64_t kShort = 16;
+      if (count >= kShort * static_cast<int64_t>(runs.size())) return;
+      each.resize(count);
+      int32_t* next = each.data();
+      for (const Run& run : runs) {
+        for (int64_t i = run.begin; i < run.end(); ++i) *next++ = static_cast<int32_t>(i);
       }
     }
-    segments_.back() = runs_.size();
+  };
+  struct Segment {
+    Positions valid, masked;
+  };
+
+  // `valid` has a flag for each position of every sample, in order.
+  Mask(const Geometry& g, const bool* valid) : segments_(g.segments()), positions_(g.rows(), 0) {
+    for (int64_t k = 0; k < g.segments(); ++k) {
+      Segment& segment = segments_[k];
+      const bool* const flags = valid + g.sample_of(k) * g.positions + g.segment_begin(k);
+      const int64_t length = g.segment_count(k);
+      for (int64_t end, begin = 0; begin < length; begin = end) {
+        end = begin + 1;
+        while (end < length && flags[end] == flags[begin]) ++end;
+        (flags[begin] ? segment.valid : segment.masked).add(begin, end);
+      }
+      if (g.layout == Layout::kContiguous) {
+        segment.valid.list();
+        segment.masked.list();
+      }
+      positions_[g.row_of(g.sample_of(k))] += segment.valid.count;
+    }
   }
 
-  c10::ArrayRef<Run> runs(int64_t segment) const {
-    return {runs_.data() + segments_[segment], runs_.data() + segments_[segment + 1]};
-  }
-  int64_t positions(int64_t segment) const {
-    int64_t count = 0;
-    for (const Run& run : runs(segment)) count += run.count;
-    return count;
-  }
+  const Segment& segment(int64_t k) const { return segments_[k]; }
+  c10::ArrayRef<Run> runs(int64_t k) const { return segments_[k].valid.runs; }
+  int64_t positions(int64_t k) const { return segments_[k].valid.count; }
   // Valid positions of all samples that share a statistic.
   int64_t positions_of_row(int64_t row) const { return positions_[row]; }
 
  private:
-  std::vector<Run> runs_;
-  std::vector<size_t> segments_;  // where their runs begin
+  std::vector<Segment> segments_;
   std::vector<int64_t> positions_;
 };
 
@@ -78,33 +97,21 @@ inline Run span_of(c10::ArrayRef<Run> runs) {
   return runs.empty() ? Run{0, 0} : Run{runs.front().begin, runs.back().end() - runs.front().begin};
 }
 
-// Runs of contiguous lines that are so short that their elements are better found one by one.
-inline std::vector<int32_t> as_indices(c10::ArrayRef<Run> runs, int64_t positions) {
-  constexpr int64_t kShort = 16;
-  std::vector<int32_t> indices;
-  if (positions >= kShort * static_cast<int64_t>(runs.size())) return indices;
-  indices.reserve(positions);
-  for (const Run& run : runs) {
-    for (int64_t i = run.begin; i < run.end(); ++i) indices.push_back(static_cast<int32_t>(i));
-  }
-  return indices;
-}
-
 // f(channel, tile, lines...) with the valid elements of some channels of a tile, from `channel` on; nothing if there
 // are none.
 template <typename F, typename... T>
-void for_valid(const Tile& tile, c10::ArrayRef<Run> runs, const F& f, const Lines<const T>&... operands) {
+void for_valid(const Tile& tile, const Mask::Segment& segment, const F& f, const Lines<const T>&... operands) {
+  const std::vector<Run>& runs = segment.valid.runs;
   if (runs.empty()) return;
   if (runs.size() == 1) {
     f(int64_t{0}, part_of(tile, runs[0]), part_of(tile, operands, runs[0])...);
     return;
   }
   constexpr int64_t kElements = 16 * 1024;
-  int64_t positions = 0;
-  for (const Run& run : runs) positions += run.count;
+  const int64_t positions = segment.valid.count;
   const bool contiguous = tile.layout == Layout::kContiguous;
   const int64_t at_once = contiguous ? std::clamp<int64_t>(kElements / positions, 1, tile.channels) : tile.channels;
-  const std::vector<int32_t> indices = contiguous ? as_indices(runs, positions) : std::vector<int32_t>();
+  const std::vector<int32_t>& indices = segment.valid.each;
   const int64_t elements = at_once * positions * tile.width;
   const std::tuple memory{std::unique_ptr<T[]>(new T[elements])...};
   const auto gather = [&](auto x, auto* to, int64_t first, int64_t channels) {
@@ -140,29 +147,19 @@ void for_valid(const Tile& tile, c10::ArrayRef<Run> runs, const F& f, const Line
 
 // Zero at the masked positions of a tile.
 template <typename T>
-void clear_masked(const Tile& tile, c10::ArrayRef<Run> runs, const Lines<T>& y) {
-  std::vector<Run> gaps;
-  int64_t end = 0, masked = 0;
-  const auto add = [&](int64_t next) {
-    if (next > end) gaps.push_back({end, next - end});
-    masked += next - end;
-  };
-  for (const Run& run : runs) {
-    add(run.begin);
-    end = run.end();
-  }
-  add(tile.positions);
+void clear_masked(const Tile& tile, const Mask::Segment& segment, const Lines<T>& y) {
+  const Mask::Positions& masked = segment.masked;
   if (tile.layout != Layout::kContiguous) {
-    for (const Run& gap : gaps) {
+    for (const Run& gap : masked.runs) {
       for (int64_t i = gap.begin; i < gap.end(); ++i) std::fill_n(y[i], tile.channels * tile.width, T(0));
     }
     return;
   }
-  const std::vector<int32_t> indices = as_indices(gaps, masked);
   for (int64_t c = 0; c < tile.channels; ++c) {
-    for (const int32_t i : indices) y[c][i] = T(0);
-    if (!indices.empty()) continue;
-    for (const Run& gap : gaps) std::fill_n(y[c] + gap.begin, gap.count, T(0));
+    T* const line = y[c];
+    for (const int32_t i : masked.each) line[i] = T(0);
+    if (!masked.each.empty()) continue;
+    for (const Run& gap : masked.runs) std::fill_n(line + gap.begin, gap.count, T(0));
   }
 }
 

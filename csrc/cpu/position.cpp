@@ -187,6 +187,16 @@ Lines<const Acc<T>> wide_lines(const Lines<const T>& x, Acc<T>* memory, int64_t 
   }
 }
 
+// The same, always into `to`.
+template <typename T>
+void take_lines(const Lines<const T>& x, const Lines<Acc<T>>& to, int64_t lines, int64_t width) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    for (int64_t line = 0; line < lines; ++line) std::copy_n(x[line], width, to[line]);
+  } else {
+    kernels().of<T>().widen_lines(x, to, lines, width);
+  }
+}
+
 template <typename A>
 std::unique_ptr<A[]> memory_of(int64_t elements) {
   return std::unique_ptr<A[]>(new A[elements]);
@@ -292,7 +302,7 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
         if (epilogue.activation) {
           const Lines<A> z{piece_dy.get(), part.width};
           if (epilogue.output.data) {
-            kernel.widen_lines(epilogue.output.lines(part, c), z, lines, part.width);
+            take_lines<T>(epilogue.output.lines(part, c), z, lines, part.width);
           } else {
             before_activation<T>(part, positions, parameters, x_lines(c), epilogue.residual.lines(part, c), z, c,
                                  lines);
@@ -300,7 +310,7 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
           const Lines<const A> dy_lines = wide_lines(dy.lines(part, c), piece.get(), lines, part.width);
           wide.differentiate(epilogue.activation, read_only(z), dy_lines, z, lines, part.width);
           if constexpr (kWide)
-            kernel.widen_lines(read_only(z), epilogue.dz.lines(part, c), lines, part.width);
+            take_lines<T>(read_only(z), epilogue.dz.lines(part, c), lines, part.width);
           else
             kernel.narrow_lines(read_only(z), epilogue.dz.lines(part, c), lines, part.width);
         }
@@ -314,10 +324,8 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
         const Lines<A> g = g_lines(c);
         if (weighted)
           wide.scale(part.along(lines), dz, g, parameters.weight.get() + c);
-        else if constexpr (kWide)
-          kernel.widen_lines(dz, g, lines, part.width);
         else
-          kernel.widen_lines(gradient.lines(part, c), g, lines, part.width);
+          take_lines<T>(gradient.lines(part, c), g, lines, part.width);
         wide.grad_sums(part.across(lines), read_only(g), x_lines(c), positions.center.get(), part_g + 0, part_g_x + 0);
         for (int64_t i = 0; i < part.width; ++i) {
           sum_g[i] += part_g[i];

@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "../ops.h"
 #include "../tensors.h"
 #include "channel.h"
 
@@ -108,10 +109,24 @@ void update_running_stats(const at::Tensor& running_mean, const at::Tensor& runn
   move(running_var, var, double(count) / double(count - 1), "var");
 }
 
+// Where the statistics are at hand it is no gain to move the running ones with them.
+Tensors3 channel_norm_tracked(const at::Tensor& input, const at::Tensor& running_mean, const at::Tensor& running_var,
+                              const OptionalTensor& weight, const OptionalTensor& bias, bool over_batch,
+                              double momentum, double eps, const OptionalTensor& residual, OptionalName activation,
+                              double negative_slope) {
+  const Tensors3 results = ops::channel_norm(input, std::nullopt, std::nullopt, weight, bias, input.size(1), over_batch,
+                                             eps, {as_activation(activation, negative_slope), residual});
+  const auto& [output, mean, var] = results;
+  update_running_stats(running_mean, running_var, mean, var, momentum,
+                       input.numel() / std::max<int64_t>(1, mean.numel()));
+  return results;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(normops, CPU, m) {
   m.impl("_update_running_stats", update_running_stats);
+  m.impl("_channel_norm_tracked", channel_norm_tracked);
   m.impl("_channel_moments", channel_moments);
   m.impl("_channel_grad_sums", channel_grad_sums);
   m.impl("_channel_grad_apply", channel_grad_apply);

@@ -167,14 +167,33 @@ void with_positions(bool given, const F& f) {
   f(std::false_type{});
 }
 
+// f(whether there is one, what the kernel is given of it).
+template <typename T, typename F>
+void with_epilogue(const ChannelEpilogue<T>& epilogue, const F& f) {
+  if (epilogue) {
+    f(std::true_type{}, epilogue);
+  } else {
+    f(std::false_type{}, NoEpilogue{});
+  }
+}
+
 template <typename T, typename A>
 void channel_grad_sums(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, const double* mean,
-                       const A* position_weight, ChunkGradients* partials, void* stream) {
+                       const A* position_weight, ChunkGradients* partials, void* stream,
+                       const ChannelEpilogue<T>& epilogue) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    with_positions<layout.value>(position_weight, [&](auto weighted) {
-      check(launch(grad_sums_kernel<T, layout.value, size.value, weighted.value>, walk_config(plan), as_stream(stream),
-                   plan, dy, x, mean, position_weight, partials),
+    const auto run = [&](auto kernel, const auto& end) {
+      check(launch(kernel, walk_config(plan), as_stream(stream), plan, dy, x, mean, position_weight, partials, end),
             "grad_sums");
+    };
+    with_positions<layout.value>(position_weight, [&](auto weighted) {
+      if constexpr (weighted.value) {
+        run(grad_sums_kernel<T, layout.value, size.value, true, false>, NoEpilogue{});
+      } else {
+        with_epilogue(epilogue, [&](auto there, const auto& end) {
+          run(grad_sums_kernel<T, layout.value, size.value, false, there.value>, end);
+        });
+      }
     });
   });
 }
@@ -198,23 +217,34 @@ void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* st
 
 template <typename T, typename A>
 void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const Coefficients<A>& coefficients,
-                   const A* position_weight, const A* position_bias, void* stream) {
+                   const A* position_weight, const A* position_bias, void* stream, const ChannelEpilogue<T>& epilogue) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    with_positions<layout.value>(position_weight || position_bias, [&](auto given) {
-      check(launch(apply_kernel<T, layout.value, size.value, given.value>, walk_config(plan), as_stream(stream), plan,
-                   x, y, coefficients, position_weight, position_bias),
+    const auto run = [&](auto kernel, const auto& end) {
+      check(launch(kernel, walk_config(plan), as_stream(stream), plan, x, y, coefficients, position_weight,
+                   position_bias, end),
             "apply");
+    };
+    with_positions<layout.value>(position_weight || position_bias, [&](auto given) {
+      if constexpr (given.value) {
+        run(apply_kernel<T, layout.value, size.value, true, false>, NoEpilogue{});
+      } else {
+        with_epilogue(epilogue, [&](auto there, const auto& end) {
+          run(apply_kernel<T, layout.value, size.value, false, there.value>, end);
+        });
+      }
     });
   });
 }
 
 template <typename T, typename A>
 void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
-                        const Coefficients<A>& coefficients, void* stream) {
+                        const Coefficients<A>& coefficients, void* stream, const ChannelEpilogue<T>& epilogue) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    check(launch(grad_apply_kernel<T, layout.value, size.value>, walk_config(plan), as_stream(stream), plan, dy, x, dx,
-                 coefficients),
-          "grad_apply");
+    with_epilogue(epilogue, [&](auto there, const auto& end) {
+      check(launch(grad_apply_kernel<T, layout.value, size.value, there.value>, walk_config(plan), as_stream(stream),
+                   plan, dy, x, dx, coefficients, end),
+            "grad_apply");
+    });
   });
 }
 
@@ -252,11 +282,11 @@ void update_running_stats(const RunningStats& args, void* stream) {
 #define NORMOPS_INSTANTIATE(T)                                                                                    \
   template void channel_moments(const Plan&, ChannelTensor<const T>, ChunkMoments*, void*);                       \
   template void channel_grad_sums(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, const double*,     \
-                                  const Acc<T>*, ChunkGradients*, void*);                                         \
+                                  const Acc<T>*, ChunkGradients*, void*, const ChannelEpilogue<T>&);              \
   template void channel_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<T>, const Coefficients<Acc<T>>&, \
-                              const Acc<T>*, const Acc<T>*, void*);                                               \
+                              const Acc<T>*, const Acc<T>*, void*, const ChannelEpilogue<T>&);                    \
   template void channel_grad_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, ChannelTensor<T>, \
-                                   const Coefficients<Acc<T>>&, void*);                                           \
+                                   const Coefficients<Acc<T>>&, void*, const ChannelEpilogue<T>&);                \
   template void long_row_backward(const Plan&, const LongRowBackward<T, Acc<T>>&, void*);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)

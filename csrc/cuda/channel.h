@@ -78,13 +78,29 @@ struct Coefficients {
   A *center, *scale, *slope, *shift;
 };
 
+// What follows in the same pass: y = activation(norm(x) + residual).
+template <typename T>
+struct ChannelEpilogue {
+  int activation = 0;  // its kind (activation.h)
+  Acc<T> negative_slope = 0;
+  ChannelTensor<const T> other{};  // the residual, or null; or, in the backward, the output
+  // In the backward, to make what came before the activation: x * scale + shift + residual, or else from the output.
+  bool from_output = false;
+  Coefficients<Acc<T>> coefficients{};  // those of the forward; of slabs, the bias
+  AnyArray bias{nullptr, ElementType::kFloat, 0};
+  ChannelTensor<T> dresidual{};  // the gradient before the activation, or null
+
+  explicit operator bool() const { return activation != 0 || other.data != nullptr; }
+};
+
 // Stage 1: partials of every chunk, (rows, chunks, columns).
 template <typename T>
 void channel_moments(const Plan& plan, ChannelTensor<const T> x, ChunkMoments* partials, void* stream);
 // `position_weight`: for rows that are walked as lines, the factor of dy at each position, or null.
 template <typename T, typename A>
 void channel_grad_sums(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, const double* mean,
-                       const A* position_weight, ChunkGradients* partials, void* stream);
+                       const A* position_weight, ChunkGradients* partials, void* stream,
+                       const ChannelEpilogue<T>& epilogue = {});
 
 // running = (1 - momentum) * running + momentum * correction * (statistic averaged over rows), for both statistics.
 struct RunningStats {
@@ -105,7 +121,7 @@ struct ForwardMerge {
   AnyArray weight, bias;
   double eps;
   bool reciprocal;  // store rstd instead of the variance
-  double* mean;
+  double* mean;     // null: not wanted, as var is not
   double* var;
   Coefficients<A> coefficients;  // slope unused; null: not wanted
   RunningStats running{};        // of one row; null: not wanted
@@ -135,24 +151,25 @@ template <typename A>
 void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* stream);
 
 // Stage 3, in the reverse order of blocks: it begins with what the second-level cache still holds. The position
-// parameters belong to rows that are walked as lines.
+// parameters belong to rows that are walked as lines, which have no epilogue. dx may be null where there is one.
 template <typename T, typename A>
 void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const Coefficients<A>& coefficients,
-                   const A* position_weight, const A* position_bias, void* stream);
+                   const A* position_weight, const A* position_bias, void* stream,
+                   const ChannelEpilogue<T>& epilogue = {});
 template <typename T, typename A>
 void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
-                        const Coefficients<A>& coefficients, void* stream);
+                        const Coefficients<A>& coefficients, void* stream, const ChannelEpilogue<T>& epilogue = {});
 
-// All stages at once, where all elements that share a statistic fit in one block. Partials and coefficients are not
-// used.
+// All stages at once, where all elements that share a statistic fit in one block or cluster. Partials and coefficients
+// are not used.
 template <typename T>
-bool slab_fits(const Plan& plan, bool backward);
+bool slab_fits(const Plan& plan, int device, bool backward, bool epilogue);
 template <typename T, typename A>
 void slab_forward(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const ForwardMerge<A>& args,
-                  void* stream);
+                  void* stream, const ChannelEpilogue<T>& epilogue = {});
 template <typename T, typename A>
 void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
-                   const BackwardMerge<A>& args, void* stream);
+                   const BackwardMerge<A>& args, void* stream, const ChannelEpilogue<T>& epilogue = {});
 
 // The input gradient of long rows together with the sums for dweight and dbias, (chunks, 2, columns) in `partials`.
 // The plan is that of the matrix of rows seen as positions, with the elements of a row as columns.

@@ -4,6 +4,7 @@
 // statistics and column; a thread needs those of the columns in one vector, which all its vectors share. Vectors are
 // read in batches, computed, and written: the reads of a batch are under way together.
 
+#include "epilogue.cuh"
 #include "walk.cuh"
 
 namespace normops::cuda {
@@ -39,6 +40,77 @@ __device__ __forceinline__ void find_places(const W& walk, int first, Place (&pl
   for (int i = 0; i < kItems; ++i) places[i] = walk.place(first + i);
 }
 
+// A cursor over a tensor that may be absent, and is zero then.
+template <typename Cursor>
+struct OptionalCursor {
+  Cursor cursor;
+  bool given;
+};
+template <typename W, typename T>
+__device__ __forceinline__ auto optional_cursor(const W& walk, const ChannelTensor<T>& x) {
+  return OptionalCursor<decltype(walk.cursor(x))>{walk.cursor(x), x.data != nullptr};
+}
+
+template <typename T, int kSize, int kItems, typename Cursor>
+__device__ __forceinline__ void load_batch(const Place (&places)[kItems], Cursor& cursor,
+                                           Vector<T, kSize> (&vectors)[kItems]) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    vectors[i] = Vector<T, kSize>::load_if(places[i].there, cursor.next(places[i]));
+  }
+}
+template <typename T, int kSize, int kItems, typename Cursor>
+__device__ __forceinline__ void load_batch(const Place (&places)[kItems], OptionalCursor<Cursor>& x,
+                                           Vector<T, kSize> (&vectors)[kItems]) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) vectors[i] = Vector<T, kSize>::zero();
+  if (x.given) load_batch<T, kSize>(places, x.cursor, vectors);
+}
+
+// f(place, its vector in each of the tensors) for the thread's vectors; `loaded()` behind the first reads. All of a
+// batch are read before the first is used. kInTurn: from one place in the code (epilogue.cuh).
+template <typename T, int kSize, bool kInTurn, typename W, typename Loaded, typename F, typename... Cursors>
+__device__ __forceinline__ void each_vector(const W& walk, const Loaded& loaded, const F& f, Cursors&... cursors) {
+  constexpr int kTensors = sizeof...(Cursors);
+  // Where every element of a vector has coefficients of its own, an epilogue leaves registers for half a batch.
+  constexpr int kTogether = kInTurn && kTensors > 2 && W::kColumns > 1 ? kBatch / 2 : kBatch;
+#pragma unroll(kInTurn ? 1 : W::kItems)
+  for (int first = 0; first < W::kItems; first += kTogether) {
+    Place places[kTogether];
+    find_places(walk, first, places);
+    Vector<T, kSize> vectors[kTensors][kTogether];
+    int n = 0;
+    (load_batch<T, kSize>(places, cursors, vectors[n++]), ...);
+    if (first == 0) loaded();
+#pragma unroll(kInTurn ? 1 : kTogether)
+    for (int i = 0; i < kTogether; ++i) {
+      Vector<T, kSize> here[kTensors];
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) here[t] = vectors[t][kInTurn ? 0 : i];
+      f(kInTurn ? walk.place(first + i) : places[i], here);
+      if constexpr (kInTurn) {
+#pragma unroll
+        for (int t = 0; t < kTensors; ++t) turn<kTogether>(vectors[t]);
+      }
+    }
+  }
+}
+
+// The gradient before the activation. `other`: of the output or the residual.
+template <typename T, int kSize, int kColumns>
+__device__ __forceinline__ void before_activation(const ChannelEpilogue<T>& epilogue, const Vector<T, kSize>& dy,
+                                                  const Vector<T, kSize>& x, const Vector<T, kSize>& other,
+                                                  const Acc<T> (&center)[kColumns], const Acc<T> (&scale)[kColumns],
+                                                  const Acc<T> (&shift)[kColumns], Acc<T> (&gradient)[kSize]) {
+  Acc<T> z[kSize];
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) {
+    const int c = k % kColumns;
+    z[k] = epilogue.from_output ? other[k] : (x[k] - center[c]) * scale[c] + shift[c] + other[k];
+  }
+  before_activation<T, kSize>(epilogue.activation, epilogue.negative_slope, dy, z, gradient);
+}
+
 template <typename T, Layout kLayout, int kSize>
 __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
     moments_kernel(const Plan plan, const ChannelTensor<const T> x, ChunkMoments* partials) {
@@ -59,7 +131,7 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
   if (plan.centered) {
 #pragma unroll
     for (int i = 0; i < W::kItems; ++i) {  // zeros where there is nothing
-      A item[kColumns];
+      A item[kColumns] = {};
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         item[k % kColumns] = k < kColumns ? values.vectors[i][k] : item[k % kColumns] + values.vectors[i][k];
@@ -92,10 +164,11 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
 }
 
 // kWeighted: with a factor of dy at each position.
-template <typename T, Layout kLayout, int kSize, bool kWeighted>
+template <typename T, Layout kLayout, int kSize, bool kWeighted, bool kEpilogue>
 __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
     grad_sums_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
-                     const double* mean, const Acc<T>* position_weight, ChunkGradients* partials) {
+                     const double* mean, const Acc<T>* position_weight, ChunkGradients* partials,
+                     const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
   using W = Walk<kLayout, kSize>;
   constexpr int kColumns = W::kColumns;
@@ -104,44 +177,58 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
   auto at_dy = walk.cursor(dy);
   auto at_x = walk.cursor(x);
 
-  A center[kColumns] = {}, sums[2 * kColumns] = {};
-#pragma unroll
-  for (int first = 0; first < W::kItems; first += kBatch) {
-    Place places[kBatch];
-    find_places(walk, first, places);
-    Batch<T, kSize, kBatch> grads, values;
-    grads.load(places, at_dy);
-    values.load(places, at_x);
-    if (first == 0 && walk.active()) {  // behind the first reads, which need not wait for it
+  A center[kColumns] = {}, sums[2 * kColumns] = {}, scale[kColumns], shift[kColumns];
+  const auto loaded = [&] {  // behind the first reads, which need not wait for it
+    if (walk.active()) {
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
         center[k] = A(mean[walk.row * plan.groups + plan.by_group.quotient(walk.column + k)]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // zeros where there is nothing
-      Vector<A, kSize> weight;
-      if constexpr (kWeighted) {
-        weight = Vector<A, kSize>::load_if(places[i].there, position_weight + walk.position(places[i]));
-      }
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const A grad = kWeighted ? grads.vectors[i][k] * weight[k] : grads.vectors[i][k];
-        sums[k % kColumns] += grad;
-        sums[kColumns + k % kColumns] += grad * (values.vectors[i][k] - center[k % kColumns]);
-      }
+    if constexpr (kEpilogue) {
+      load_coefficients(walk, epilogue.coefficients.scale, A(1), scale);
+      load_coefficients(walk, epilogue.coefficients.shift, A(0), shift);
     }
+  };
+  const auto add = [&](const Place& place, const Vector<T, kSize>* of) {  // zeros where there is nothing
+    A grads[kSize];
+    if constexpr (kEpilogue) {
+      before_activation(epilogue, of[0], of[1], of[2], center, scale, shift, grads);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) grads[k] = of[0][k];
+    }
+    Vector<A, kSize> weight;
+    if constexpr (kWeighted) {
+      weight = Vector<A, kSize>::load_if(place.there, position_weight + walk.position(place));
+    }
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) {
+      const A grad = kWeighted ? grads[k] * weight[k] : grads[k];
+      sums[k % kColumns] += grad;
+      sums[kColumns + k % kColumns] += grad * (of[1][k] - center[k % kColumns]);
+    }
+  };
+  if constexpr (kEpilogue) {
+    auto at_other = optional_cursor(walk, epilogue.other);
+    each_vector<T, kSize, true>(walk, loaded, add, at_dy, at_x, at_other);
+  } else {
+    each_vector<T, kSize, false>(walk, loaded, add, at_dy, at_x);
   }
   walk.totals(sums, shared, center, static_cast<const A*>(nullptr), [&](uint32_t column, A sum_dy, A sum_dy_x, A) {
     partials[walk.partial(column)] = {double(sum_dy), double(sum_dy_x)};
   });
 }
 
+// Blocks of stage 3 that a multiprocessor should hold.
+constexpr int last_stage_blocks(int size, bool more) { return size == 1 ? 1 : more ? 2 : 3; }
+
 // kPositions: with a weight or a bias for each position.
-template <typename T, Layout kLayout, int kSize, bool kPositions>
-__global__ void __launch_bounds__(kWalkThreads, kSize == 1 || kPositions ? 1 : 3)
+template <typename T, Layout kLayout, int kSize, bool kPositions, bool kEpilogue>
+__global__ void __launch_bounds__(kWalkThreads, last_stage_blocks(kSize, kPositions || kEpilogue))
     apply_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
-                 const Coefficients<Acc<T>> coefficients, const Acc<T>* position_weight, const Acc<T>* position_bias) {
+                 const Coefficients<Acc<T>> coefficients, const Acc<T>* position_weight, const Acc<T>* position_bias,
+                 const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
   using W = Walk<kLayout, kSize>;
   constexpr int kColumns = W::kColumns;
@@ -153,41 +240,46 @@ __global__ void __launch_bounds__(kWalkThreads, kSize == 1 || kPositions ? 1 : 3
   load_coefficients(walk, coefficients.center, A(0), center);
   load_coefficients(walk, coefficients.scale, A(1), scale);
   load_coefficients(walk, coefficients.shift, A(0), shift);
+  const auto finish = [&](const Place& place, const Vector<T, kSize>* of) {
+    A result[kSize];
 #pragma unroll
-  for (int first = 0; first < W::kItems; first += kBatch) {
-    Place places[kBatch];
-    find_places(walk, first, places);
-    Batch<T, kSize, kBatch> values;
-    values.load(places, at_x);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      A result[kSize];
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        result[k] = (values.vectors[i][k] - center[k % kColumns]) * scale[k % kColumns] + shift[k % kColumns];
-      }
-      if (kPositions && position_weight && places[i].there) {
-        A weight[kSize];
-        load_values(position_weight + walk.position(places[i]), weight);
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) result[k] *= weight[k];
-      }
-      if (kPositions && position_bias && places[i].there) {
-        A bias[kSize];
-        load_values(position_bias + walk.position(places[i]), bias);
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) result[k] += bias[k];
-      }
-      T* const to = at_y.next(places[i]);
-      if (places[i].there) store_rounded<kSize>(to, result);
+    for (int k = 0; k < kSize; ++k) {
+      result[k] = (of[0][k] - center[k % kColumns]) * scale[k % kColumns] + shift[k % kColumns];
     }
+    if (kPositions && position_weight && place.there) {
+      A weight[kSize];
+      load_values(position_weight + walk.position(place), weight);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) result[k] *= weight[k];
+    }
+    if (kPositions && position_bias && place.there) {
+      A bias[kSize];
+      load_values(position_bias + walk.position(place), bias);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) result[k] += bias[k];
+    }
+    if constexpr (kEpilogue) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) result[k] += of[1][k];
+      activate(epilogue.activation, epilogue.negative_slope, result);
+    }
+    T* const to = at_y.next(place);
+    if (place.there) store_rounded<kSize>(to, result);
+  };
+  const auto loaded = [] {};
+  if constexpr (kEpilogue) {
+    auto at_residual = optional_cursor(walk, epilogue.other);
+    each_vector<T, kSize, true>(walk, loaded, finish, at_x, at_residual);
+  } else {
+    each_vector<T, kSize, false>(walk, loaded, finish, at_x);
   }
 }
 
-template <typename T, Layout kLayout, int kSize>
-__global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 3 : 1)
+template <typename T, Layout kLayout, int kSize, bool kEpilogue>
+__global__ void __launch_bounds__(kWalkThreads, last_stage_blocks(kSize, kEpilogue))
     grad_apply_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
-                      const ChannelTensor<T> dx, const Coefficients<Acc<T>> coefficients) {
+                      const ChannelTensor<T> dx, const Coefficients<Acc<T>> coefficients,
+                      const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
   using W = Walk<kLayout, kSize>;
   constexpr int kColumns = W::kColumns;
@@ -201,24 +293,35 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 3 : 1)
   load_coefficients(walk, coefficients.scale, A(1), scale);
   load_coefficients(walk, coefficients.slope, A(0), slope);
   load_coefficients(walk, coefficients.shift, A(0), shift);
+  const auto store = [&](const Place& place, const auto& grads, const Vector<T, kSize>& values) {
+    A result[kSize];
 #pragma unroll
-  for (int first = 0; first < W::kItems; first += kBatch) {
-    Place places[kBatch];
-    find_places(walk, first, places);
-    Batch<T, kSize, kBatch> grads, values;
-    grads.load(places, at_dy);
-    values.load(places, at_x);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      A result[kSize];
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const int c = k % kColumns;
-        result[k] = grads.vectors[i][k] * scale[c] + ((values.vectors[i][k] - center[c]) * slope[c] + shift[c]);
-      }
-      T* const to = at_dx.next(places[i]);
-      if (places[i].there) store_rounded<kSize>(to, result);
+    for (int k = 0; k < kSize; ++k) {
+      const int c = k % kColumns;
+      result[k] = grads[k] * scale[c] + ((values[k] - center[c]) * slope[c] + shift[c]);
     }
+    T* const to = at_dx.next(place);
+    if (place.there) store_rounded<kSize>(to, result);
+  };
+  const auto loaded = [] {};
+  if constexpr (kEpilogue) {
+    auto at_other = optional_cursor(walk, epilogue.other);
+    auto at_dresidual = walk.cursor(epilogue.dresidual);
+    A forward_shift[kColumns];
+    load_coefficients(walk, epilogue.coefficients.shift, A(0), forward_shift);
+    const auto finish = [&](const Place& place, const Vector<T, kSize>* of) {
+      A grads[kSize];
+      before_activation(epilogue, of[0], of[1], of[2], center, scale, forward_shift, grads);
+      if (epilogue.dresidual.data) {
+        T* const to = at_dresidual.next(place);
+        if (place.there) store_rounded<kSize>(to, grads);
+      }
+      if (dx.data) store(place, grads, of[1]);
+    };
+    each_vector<T, kSize, true>(walk, loaded, finish, at_dy, at_x, at_other);
+  } else {
+    each_vector<T, kSize, false>(
+        walk, loaded, [&](const Place& place, const Vector<T, kSize>* of) { store(place, of[0], of[1]); }, at_dy, at_x);
   }
 }
 
@@ -254,30 +357,22 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
   auto at_dy = walk.cursor(a.dy);
   auto at_x = walk.cursor(a.x);
   auto at_dx = walk.cursor(a.dx);
+  const auto finish = [&](const Place& place, const Vector<T, kSize>* of) {
+    T* const to = at_dx.next(place);
+    if (!place.there) return;
+    const A* const row = rows + ((threadIdx.x >> plan.lanes_log2) + place.position) * kFields;
+    const A center = row[kCenter], scale = row[kScale], low = row[kLow], slope = row[kSlope], shift = row[kShift];
+    A result[kSize];
 #pragma unroll
-  for (int first = 0; first < W::kItems; first += kBatch) {
-    Place places[kBatch];
-    find_places(walk, first, places);
-    Batch<T, kSize, kBatch> grads, values;
-    grads.load(places, at_dy);
-    values.load(places, at_x);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      T* const to = at_dx.next(places[i]);
-      if (!places[i].there) continue;
-      const A* const row = rows + ((threadIdx.x >> plan.lanes_log2) + places[i].position) * kFields;
-      const A center = row[kCenter], scale = row[kScale], low = row[kLow], slope = row[kSlope], shift = row[kShift];
-      A result[kSize];
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const A g = grads.vectors[i][k], d = values.vectors[i][k] - center;
-        sums[k] += g * (d * scale + low);
-        sums[kSize + k] += g;
-        result[k] = g * weight[k] * scale + (d * slope + shift);
-      }
-      if (a.dx.data) store_rounded<kSize>(to, result);
+    for (int k = 0; k < kSize; ++k) {
+      const A g = of[0][k], d = of[1][k] - center;
+      sums[k] += g * (d * scale + low);
+      sums[kSize + k] += g;
+      result[k] = g * weight[k] * scale + (d * slope + shift);
     }
-  }
+    if (a.dx.data) store_rounded<kSize>(to, result);
+  };
+  each_vector<T, kSize, false>(walk, [] {}, finish, at_dy, at_x);
   if (a.partials == nullptr) return;
   walk.totals(sums, shared, own, static_cast<const A*>(nullptr), [&](uint32_t column, A dweight, A dbias, A) {
     A* const partial = a.partials + walk.partial(column) + walk.chunk * plan.columns;  // pairs of rows

@@ -12,6 +12,20 @@ namespace normops::cuda {
 
 constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
 
+// Here all of them have been read: the compiler would put what is done with the first between the reads.
+__device__ __forceinline__ void all_there([[maybe_unused]] double& a, [[maybe_unused]] double& b,
+                                          [[maybe_unused]] double& c, [[maybe_unused]] double& d) {
+#ifndef NORMOPS_EMULATED
+  asm volatile("" : "+d"(a), "+d"(b), "+d"(c), "+d"(d));
+#endif
+}
+__device__ __forceinline__ void all_there(ChunkMoments (&batch)[kBatch]) {
+  all_there(batch[0].mean, batch[1].mean, batch[2].mean, batch[3].mean);
+}
+__device__ __forceinline__ void all_there(ChunkGradients (&batch)[kBatch]) {
+  all_there(batch[0].dy, batch[1].dy, batch[2].dy, batch[3].dy);
+}
+
 struct MergeGrid {
   Divisor blocks;  // of a row
   int lanes_log2;
@@ -53,6 +67,7 @@ struct MergeBlock {
       P batch[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i, from += step) batch[i] = *from;
+      all_there(batch);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) f(batch[i], k + i * depth);
     }
@@ -124,8 +139,10 @@ __global__ void __launch_bounds__(kMergeThreads)
       var = read_as<double>(a.given_var, block.statistic);
     }
     const double rstd = 1 / sqrt(var + a.eps);
-    a.mean[block.statistic] = mean;
-    a.var[block.statistic] = a.reciprocal ? rstd : var;
+    if (a.mean) {
+      a.mean[block.statistic] = mean;
+      a.var[block.statistic] = a.reciprocal ? rstd : var;
+    }
     if (a.running.running[0]) move_running(a.running, 0, block.statistic, mean);
     if (a.running.running[1]) move_running(a.running, 1, block.statistic, var);
     const SplitMean<A> split(mean);

@@ -109,7 +109,18 @@ __device__ __forceinline__ T* map_shared(T* pointer, [[maybe_unused]] unsigned r
 template <int = 0>
 __global__ void empty_kernel() {}
 
-// What launchers have to know of the device, asked once.
+// What is asked once for each device; in the emulator, where one device becomes another, every time.
+template <typename F>
+void once_for(std::once_flag& flag, const F& f) {
+#ifdef NORMOPS_EMULATED
+  static_cast<void>(flag);
+  f();
+#else
+  std::call_once(flag, f);
+#endif
+}
+
+// What launchers have to know of the device.
 struct Device {
   int index;
   int shared_bytes;  // most a block may ask for
@@ -118,11 +129,11 @@ struct Device {
   static constexpr int kMost = 64;
   static constexpr int kStaticBytes = 4096;  // of shared memory, at most, in kernels that have dynamic memory too
 
-  static const Device& get(int index) {
+  static Device get(int index) {
     static std::array<Device, kMost> devices;
     static std::array<std::once_flag, kMost> known;
     if (index < 0 || index >= kMost) throw std::runtime_error("normops: no CUDA device " + std::to_string(index));
-    std::call_once(known[index], [&] {
+    once_for(known[index], [&] {
       const auto ask = [&](cudaDeviceAttr attribute) {
         int value = 0;
         check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
@@ -145,7 +156,7 @@ void allow_shared(const Device& device, size_t bytes) {
   constexpr size_t kUnasked = 48 * 1024;
   static std::array<std::once_flag, Device::kMost> asked;
   if (bytes <= kUnasked) return;
-  std::call_once(asked[device.index], [&] {
+  once_for(asked[device.index], [&] {
     const int most = device.shared_bytes - Device::kStaticBytes;
     check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
   });

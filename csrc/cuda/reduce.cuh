@@ -48,6 +48,24 @@ __device__ __forceinline__ void sum_threads(A (&terms)[kTerms], int threads, A* 
   }
 }
 
+// Over the blocks of a cluster, in the order of their ranks, what all threads of a block have. `told` may be written
+// again only after another of these with other memory.
+template <int kTerms, typename A>
+__device__ __forceinline__ void cluster_sum(A (&terms)[kTerms], A* told) {
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) told[k] = terms[k];
+  }
+  cluster_sync();
+#pragma unroll
+  for (int k = 0; k < kTerms; ++k) terms[k] = 0;
+  for (unsigned rank = 0; rank < cluster_size(); ++rank) {
+    const A* const theirs = map_shared(told, rank);
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) terms[k] += theirs[k];
+  }
+}
+
 // 1 / count, or its neighbour: only guesses at a mean and small corrections are multiplied by it.
 __device__ __forceinline__ float reciprocal(float count) { return __fdividef(1.0f, count); }
 __device__ __forceinline__ double reciprocal(double count) { return 1 / count; }

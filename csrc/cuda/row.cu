@@ -25,19 +25,20 @@ template <int... kItems>
 struct Items {
   static constexpr int kMost = std::max({0, kItems...});
 
-  // The fewest that let a warp hold the row; where none do, the fewest from kManyItems on that let a block, of at most
-  // `threads(items)` threads; and where not even those do, the most, and more threads than there can be.
-  template <typename F>
-  static Shape spread(int64_t vectors, const F& threads) {
+  // The fewest that let a warp, of at least `lanes(items)`, hold the row; where none do, the fewest from kManyItems on
+  // that let a block, of at most `threads(items)` threads; and where not even those do, the most, and more threads than
+  // there can be.
+  template <typename F, typename G>
+  static Shape spread(int64_t vectors, const F& threads, const G& lanes) {
     constexpr int kTooMany = 16;
     Shape shape{0, 0};
-    const auto by_warp = [&](int items) {
-      int team = 1;
+    [[maybe_unused]] const auto by_warp = [&](int items) {
+      int team = lanes(items);
       while (team < kWarp && team * items < vectors) team *= 2;
       shape = {items, team};
       return items < kTooMany && team * items >= vectors;
     };
-    const auto by_block = [&](int items) {
+    [[maybe_unused]] const auto by_block = [&](int items) {
       shape = {items, int(std::min<int64_t>(INT32_MAX, ceil_div(ceil_div(vectors, items), kWarp) * kWarp))};
       return items >= std::min(kManyItems, kMost) && shape.threads <= threads(items);
     };
@@ -53,39 +54,36 @@ struct Items {
 // What fits in registers: in the forward x; in the backward x, dy, weight and the sums for dweight and dbias, or, with
 // those sums in shared memory, up to twice as much of the others. Element by element less fits, as each takes a
 // register.
-template <typename T, bool kVectors>
-struct Ladder;
-
-template <typename T>
-struct Ladder<T, true> {
-  static constexpr bool kClusters = true;
-  static constexpr int kSize = kFullVector<T>;
-  using Forward = Items<1, 2, 4, 8, 16>;
-  using Backward = std::conditional_t<sizeof(T) == 2, Items<1, 2>, Items<1, 2, 4>>;
-  using BackwardShared = std::conditional_t<sizeof(T) == 2, Items<4>, Items<6>>;
-};
-template <typename T>
-struct Ladder<T, false> {
-  static constexpr bool kClusters = false;
-  static constexpr int kSize = 1;
-  using Forward = std::conditional_t<sizeof(T) == 8, Items<4, 8>, Items<4, 12>>;
-  using Backward = std::conditional_t<sizeof(T) == 8, Items<4>, Items<4, 8>>;
-  using BackwardShared = Items<>;
+template <typename T, bool kTakesVectors, bool kWithExtras>
+struct Ladder {
+  static constexpr bool kExtras = kWithExtras, kClusters = kTakesVectors;
+  static constexpr int kSize = kTakesVectors ? kFullVector<T> : 1;
+  // With extras there are fewer kernels, and none with sums in shared memory.
+  using Forward =
+      std::conditional_t<kTakesVectors, std::conditional_t<kExtras, Items<2, 8>, Items<1, 2, 4, 8, 16>>,
+                         std::conditional_t<sizeof(T) == 8, std::conditional_t<kExtras, Items<8>, Items<4, 8>>,
+                                            std::conditional_t<kExtras, Items<12>, Items<4, 12>>>>;
+  using Backward = std::conditional_t<
+      kTakesVectors,
+      std::conditional_t<kExtras, std::conditional_t<sizeof(T) == 4, Items<4>, Items<2>>,
+                         std::conditional_t<sizeof(T) == 2, Items<1, 2>, Items<1, 2, 4>>>,
+      std::conditional_t<sizeof(T) == 8, Items<4>, std::conditional_t<kExtras, Items<8>, Items<4, 8>>>>;
+  using BackwardShared =
+      std::conditional_t<kTakesVectors && !kExtras, std::conditional_t<sizeof(T) == 2, Items<4>, Items<6>>, Items<>>;
 };
 
-static_assert(Ladder<c10::Half, true>::Backward::kMost == backward_many(2, 8) &&
-              Ladder<float, true>::Backward::kMost == backward_many(4, 4) &&
-              Ladder<double, true>::Backward::kMost == backward_many(8, 2) &&
-              Ladder<float, false>::Backward::kMost == backward_many(4, 1) &&
-              Ladder<double, false>::Backward::kMost == backward_many(8, 1));
+static_assert(Ladder<c10::Half, true, false>::Backward::kMost == backward_many(2, 8) &&
+              Ladder<float, true, false>::Backward::kMost == backward_many(4, 4) &&
+              Ladder<double, true, false>::Backward::kMost == backward_many(8, 2) &&
+              Ladder<float, false, false>::Backward::kMost == backward_many(4, 1) &&
+              Ladder<double, false, false>::Backward::kMost == backward_many(8, 1));
 
-template <typename T, typename F>
-void with_ladder(bool vectors, const F& f) {
-  if (vectors) {
-    f(Ladder<T, true>{});
-  } else {
-    f(Ladder<T, false>{});
-  }
+template <typename T, typename Args, typename F>
+void with_ladder(const Args& args, const F& f) {
+  const auto with = [&](auto vectors) {
+    args.extras ? f(Ladder<T, vectors.value, true>{}) : f(Ladder<T, vectors.value, false>{});
+  };
+  args.vectors ? with(std::true_type{}) : with(std::false_type{});
 }
 
 // A row takes vectors if its length is made of them and it starts on a boundary, wherever in the batch it lies.
@@ -93,6 +91,14 @@ template <typename T>
 bool on_boundary(const void* data, int64_t rows, int64_t length, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && length % kFullVector<T> == 0 &&
          (rows <= 1 || stride % kFullVector<T> == 0);
+}
+
+template <template <typename> typename Args, typename T>
+bool extras_on_boundary(const Args<T>& a) {
+  const RowExtras<T>& e = a.extras;
+  return on_boundary<T>(e.other.data, a.rows, a.length, e.other.stride) &&
+         on_boundary<T>(e.grad_sum.data, a.rows, a.length, e.grad_sum.stride) &&
+         on_boundary<T>(e.made, a.rows, a.length, a.length);
 }
 
 // Blocks of a cluster that are enough for rows that a block cannot hold, and the elements of each one's part; or 0.
@@ -118,16 +124,16 @@ struct ForwardShape {
 
   template <typename L>
   ForwardShape(L, const Device& device, int64_t length) {
-    const auto most = [](int items) { return forward_threads(L::kSize, items); };
+    const auto most = [](int items) { return forward_threads(L::kSize, items, L::kExtras); };
     const int64_t vectors = ceil_div(length, L::kSize);
-    shape = L::Forward::spread(vectors, most);
+    shape = L::Forward::spread(vectors, most, [](int) { return 1; });
     if (L::kClusters && !fits_block<L>()) {
       clusters = Clusters(device, vectors, L::kSize, shape.items, most(shape.items));
     }
   }
   template <typename L>
   bool fits_block() const {
-    return shape.threads <= forward_threads(L::kSize, shape.items);
+    return shape.threads <= forward_threads(L::kSize, shape.items, L::kExtras);
   }
 };
 
@@ -179,11 +185,12 @@ struct BackwardShape {
   int64_t rows_per_block;
 
   BackwardShape(const Device& device, const RowBackward<T>& a) {
-    with_ladder<T>(a.vectors, [&](auto ladder) {
+    with_ladder<T>(a, [&](auto ladder) {
       using L = decltype(ladder);
       const int64_t vectors = ceil_div(a.length, L::kSize);
       const auto threads = [](int) { return kBackwardThreads; };
-      shape = L::Backward::spread(vectors, threads);
+      const auto lanes = [](int items) { return backward_rows(L::kSize, items, RowPlace::kBlock, L::kExtras); };
+      shape = L::Backward::spread(vectors, threads, lanes);
       Clusters clusters;
       size_t bytes = 0;
       if (shape.threads > kBackwardThreads) {
@@ -194,7 +201,7 @@ struct BackwardShape {
           shape.threads = clusters.threads;
         } else {
           place = RowPlace::kBlockAndShared;
-          shape = L::BackwardShared::spread(vectors, threads);
+          shape = L::BackwardShared::spread(vectors, threads, lanes);
           bytes = sums_bytes<T>(a.length);
           fits = L::BackwardShared::kMost > 0 && shape.threads <= kBackwardThreads &&
                  bytes + Device::kStaticBytes <= size_t(device.shared_bytes);
@@ -205,7 +212,7 @@ struct BackwardShape {
       const int teams = block / shape.threads;
       if (teams > 1) bytes = teams * a.length * sizeof(Acc<T>);
       // A turn takes this many rows; what a block adds to the sums is worth several.
-      const int64_t turn = teams * backward_rows(L::kSize, shape.items, place);
+      const int64_t turn = teams * backward_rows(L::kSize, shape.items, place, L::kExtras);
       rows_per_block = std::clamp<int64_t>(ceil_div(a.rows, kWantedBlocks), kFewestRows, kMostRows);
       rows_per_block = std::max(rows_per_block, std::min(ceil_div(a.rows, kMostBlocks), kLongestSum * teams));
       rows_per_block = ceil_div(rows_per_block, turn) * turn;
@@ -315,19 +322,21 @@ struct LongBackward {
 
 template <typename T>
 bool row_takes_vectors(const RowForward<T>& a) {
-  return on_boundary<T>(a.x.data, a.rows, a.length, a.x.stride) && on_boundary<T>(a.y, a.rows, a.length, a.length);
+  return on_boundary<T>(a.x.data, a.rows, a.length, a.x.stride) && on_boundary<T>(a.y, a.rows, a.length, a.length) &&
+         extras_on_boundary(a);
 }
 
 template <typename T>
 bool row_takes_vectors(const RowBackward<T>& a) {
   return on_boundary<T>(a.x.data, a.rows, a.length, a.x.stride) &&
-         on_boundary<T>(a.dy.data, a.rows, a.length, a.dy.stride) && on_boundary<T>(a.dx, a.rows, a.length, a.length);
+         on_boundary<T>(a.dy.data, a.rows, a.length, a.dy.stride) && on_boundary<T>(a.dx, a.rows, a.length, a.length) &&
+         extras_on_boundary(a);
 }
 
 template <typename T>
 bool row_fits(int device, const RowForward<T>& a) {
   bool fits = false;
-  with_ladder<T>(a.vectors, [&](auto ladder) {
+  with_ladder<T>(a, [&](auto ladder) {
     using L = decltype(ladder);
     const ForwardShape launched(ladder, Device::get(device), a.length);
     fits = launched.fits_block<L>() || launched.clusters.blocks > 0;
@@ -355,7 +364,7 @@ void row_forward(int device, const RowForward<T>& a, void* memory, void* stream)
     return;
   }
   constexpr int kThreads = 128;
-  with_ladder<T>(a.vectors, [&](auto ladder) {
+  with_ladder<T>(a, [&](auto ladder) {
     using L = decltype(ladder);
     const ForwardShape launched(ladder, Device::get(device), a.length);
     with_parameter_type<T>(a.parameters, [&](auto type) {
@@ -366,7 +375,8 @@ void row_forward(int device, const RowForward<T>& a, void* memory, void* stream)
       if constexpr (L::kClusters) {
         if (const Clusters& c = launched.clusters; c.blocks > 0) {
           const LaunchConfig config{grid_of(a.rows * c.blocks), dim3(c.threads), 0, unsigned(c.blocks)};
-          return run(row_forward_kernel<T, W, L::kSize, L::Forward::kMost, true>, config, kMostThreads, c.part);
+          return run(row_forward_kernel<T, W, L::kSize, L::Forward::kMost, true, L::kExtras>, config, kMostThreads,
+                     c.part);
         }
       }
       const Shape shape = launched.shape;
@@ -374,7 +384,7 @@ void row_forward(int device, const RowForward<T>& a, void* memory, void* stream)
       const int64_t rows = block / shape.threads * forward_rows(L::kSize, shape.items);
       const LaunchConfig config{grid_of(ceil_div(a.rows, rows)), dim3(block)};
       L::Forward::with(shape.items, [&](auto items) {
-        run(row_forward_kernel<T, W, L::kSize, items.value, false>, config, shape.threads, 0);
+        run(row_forward_kernel<T, W, L::kSize, items.value, false, L::kExtras>, config, shape.threads, 0);
       });
     });
   });
@@ -409,24 +419,24 @@ void row_backward(int device, const RowBackward<T>& a, void* memory, void* strea
                  launched.rows_per_block, sums),
           "row_backward");
   };
-  with_ladder<T>(a.vectors, [&](auto ladder) {
+  with_ladder<T>(a, [&](auto ladder) {
     using L = decltype(ladder);
     with_parameter_type<T>(a.parameters, [&](auto type) {
       using W = decltype(type);
       switch (launched.place) {
         case RowPlace::kCluster:
           if constexpr (L::kClusters) {
-            run(Constant<row_backward_kernel<T, W, L::kSize, L::Backward::kMost, RowPlace::kCluster>>{});
+            run(Constant<row_backward_kernel<T, W, L::kSize, L::Backward::kMost, RowPlace::kCluster, L::kExtras>>{});
           }
           break;
         case RowPlace::kBlockAndShared:
           L::BackwardShared::with(launched.shape.items, [&](auto items) {
-            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlockAndShared>>{});
+            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlockAndShared, L::kExtras>>{});
           });
           break;
         case RowPlace::kBlock:
           L::Backward::with(launched.shape.items, [&](auto items) {
-            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlock>>{});
+            run(Constant<row_backward_kernel<T, W, L::kSize, items.value, RowPlace::kBlock, L::kExtras>>{});
           });
       }
     });

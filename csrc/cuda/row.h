@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../activation.h"
 #include "arrays.h"
 
 namespace normops::cuda {
@@ -23,6 +24,23 @@ struct RowParameters {
   bool as_elements;
 };
 
+// What a row layer takes beside torch's arguments. Kernels have it as a variant of their own.
+template <typename T>
+struct RowExtras {
+  int activation = 0;  // its kind (activation.h)
+  Acc<T> negative_slope = 0;
+  Acc<T> weight_offset = 0;
+  Rows<const T> other{};  // the residual, or null; or, in the backward, the output
+  // Forward: the sum of the input and the residual, which is then what is normalized; null: the residual is added to
+  // what is normalized. Backward: the gradient before the activation. In either case null where it is not wanted.
+  T* made = nullptr;
+  // Of the backward:
+  bool from_output = false;
+  Rows<const T> grad_sum{};  // to be added to dx, or null
+
+  explicit operator bool() const { return activation || weight_offset != 0 || other.data || grad_sum.data; }
+};
+
 template <typename T>
 struct RowForward {
   int64_t rows, length;
@@ -34,6 +52,7 @@ struct RowForward {
   bool centered;  // LayerNorm; RMSNorm does not subtract the mean
   double* mean;   // one per row
   double* rstd;
+  RowExtras<T> extras{};
 };
 
 template <typename T>
@@ -48,6 +67,7 @@ struct RowBackward {
   const double* rstd;
   bool centered;
   AnyOutput dweight, dbias;
+  RowExtras<T> extras{};
 };
 
 // Whether rows can be read and written 16 bytes at a time. If so, the parameters have to lie on 16-byte boundaries.
@@ -56,7 +76,8 @@ bool row_takes_vectors(const RowForward<T>& args);
 template <typename T>
 bool row_takes_vectors(const RowBackward<T>& args);
 
-// Whether a row is held on chip. Longer ones are cut into pieces, and want parameters in the type of the arithmetic.
+// Whether a row is held on chip. Longer ones are cut into pieces, and want parameters in the type of the arithmetic,
+// and no extras.
 template <typename T>
 bool row_fits(int device, const RowForward<T>& args);
 template <typename T>

@@ -8,6 +8,7 @@
 // time.
 
 #include "any_array.cuh"
+#include "epilogue.cuh"
 #include "reduce.cuh"
 #include "row.h"
 
@@ -49,8 +50,7 @@ struct Part {
   }
 };
 
-// The sums over all that share a row; kWarps: which may be whole warps. In a cluster the blocks' sums are exchanged,
-// and `told` may be written again only after another of these with other memory.
+// The sums over all that share a row; kWarps: which may be whole warps.
 template <bool kWarps, bool kCluster, int kTerms, typename A>
 __device__ __forceinline__ void sum_row(A (&terms)[kTerms], const Team& team, A* shared, A* told) {
   if constexpr (kWarps) {
@@ -58,20 +58,7 @@ __device__ __forceinline__ void sum_row(A (&terms)[kTerms], const Team& team, A*
   } else {
     sum_lanes(terms, team.threads);
   }
-  if constexpr (kCluster) {
-    if (threadIdx.x == 0) {
-#pragma unroll
-      for (int k = 0; k < kTerms; ++k) told[k] = terms[k];
-    }
-    cluster_sync();
-#pragma unroll
-    for (int k = 0; k < kTerms; ++k) terms[k] = 0;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      const A* const theirs = map_shared(told, rank);
-#pragma unroll
-      for (int k = 0; k < kTerms; ++k) terms[k] += theirs[k];
-    }
-  }
+  if constexpr (kCluster) cluster_sum(terms, told);
 }
 
 template <typename T, int kSize, int kItems>
@@ -170,13 +157,70 @@ constexpr int kManyItems = 8;
 NORMOPS_HOST_DEVICE constexpr int forward_rows(int size, int items) {
   return size > 1 && items < kManyItems ? kManyItems / items : 1;
 }
-NORMOPS_HOST_DEVICE constexpr int forward_threads(int size, int items) {
-  return size == 1 ? kMostThreads : items < kManyItems ? 256 : 512;
+NORMOPS_HOST_DEVICE constexpr int forward_threads(int size, int items, bool extras) {
+  return size == 1 && !extras ? kMostThreads : size > 1 && items < kManyItems ? 256 : 512;
+}
+
+// x becomes the sum of x and the residual, which is stored.
+template <typename T, int kSize, int kItems, int kRows>
+__device__ __forceinline__ void add_rows(const RowForward<T>& a, const Team& team, int64_t first, int rows, int begin,
+                                         int length, RowVectors<T, kSize, kItems> (&x)[kRows]) {
+  RowVectors<T, kSize, kItems> added[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    added[r].load(a.extras.other.data + (first + r) * a.extras.other.stride + begin, team, r < rows ? length : 0);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    T* const sums = a.extras.made + (first + r) * a.length + begin;
+    team.each_vector<kSize, kItems>(r < rows ? length : 0, [&](int i, int j) {
+      Acc<T> sum[kSize];
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) sum[k] = x[r].items[i][k] + added[r].items[i][k];
+      x[r].items[i] = Vector<T, kSize>::of(sum);
+      x[r].items[i].store(sums + j);
+    });
+  }
+}
+
+// A weight or a bias of the elements from j on, or a constant without it.
+template <int kSize, typename W>
+__device__ __forceinline__ void parameter_or(const W* array, Acc<W> absent, Acc<W> offset, int j,
+                                             Acc<W> (&values)[kSize]) {
+  if (array) {
+    const auto vector = Vector<W, kSize>::load(array + j);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) values[k] = vector[k] + offset;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) values[k] = absent;
+  }
+}
+
+// f(row, item, element, vectors..., other) for all of some rows, from one place in the code (epilogue.cuh). The rows
+// take turns too, at being number 0; `after()` a row, for what else is kept of each.
+template <int kSize, int kRows, typename T, typename F, typename After, typename... V>
+__device__ __forceinline__ void each_row_in_turn(const Team& team, const Rows<const T>& other, int64_t first_row,
+                                                 int rows, int begin, int length, const F& f, const After& after,
+                                                 V (&... of_rows)[kRows]) {
+#pragma unroll 1
+  for (int r = 0; r < kRows; ++r) {
+    const T* const row = other.data ? other.data + (first_row + r) * other.stride + begin : nullptr;
+    const auto element = [&](int i) { return (team.thread + i * team.threads) * kSize; };
+    each_in_turn(
+        [&](int i) { return Vector<T, kSize>::load_if(row && r < rows && element(i) < length, row + element(i)); },
+        [&](int i, auto&... vectors) {
+          if (r < rows && element(i) < length) f(r, i, element(i), vectors...);
+        },
+        of_rows[0].items...);
+    (turn<kRows>(of_rows), ...);
+    after();
+  }
 }
 
 // `most`: elements of a part, in clusters.
-template <typename T, typename W, int kSize, int kItems, bool kCluster>
-__global__ void __launch_bounds__(forward_threads(kSize, kItems), 1)
+template <typename T, typename W, int kSize, int kItems, bool kCluster, bool kExtras>
+__global__ void __launch_bounds__(forward_threads(kSize, kItems, kExtras), 1)
     row_forward_kernel(const RowForward<T> a, int threads_log2, int most) {
   using A = Acc<T>;
   constexpr int kRows = forward_rows(kSize, kItems);
@@ -190,6 +234,9 @@ __global__ void __launch_bounds__(forward_threads(kSize, kItems), 1)
   const T* from = a.x.data + first * a.x.stride + part.begin;
 #pragma unroll
   for (int r = 0; r < kRows; ++r, from += a.x.stride) x[r].load(from, team, r < rows ? length : 0);
+  if constexpr (kExtras) {
+    if (a.extras.made) add_rows(a, team, first, rows, part.begin, length, x);
+  }
   A center[kRows], low[kRows], scale[kRows], shift[kRows];
   row_moments(std::bool_constant<(kItems >= kManyItems)>(), std::bool_constant<kCluster>(), x, team, a.length, length,
               a.centered, center, low, scale);
@@ -206,25 +253,43 @@ __global__ void __launch_bounds__(forward_threads(kSize, kItems), 1)
   const W* const weight = at(static_cast<const W*>(a.parameters.weight), part.begin);
   const W* const bias = at(static_cast<const W*>(a.parameters.bias), part.begin);
   T* const y = a.y + first * a.length + part.begin;
-  constexpr int kTogether = kItems < 4 ? kItems : kItems < 8 ? 4 : kItems == 8 ? 2 : 1;
+  if constexpr (kExtras) {
+    const Rows<const T> residual = a.extras.made ? Rows<const T>{} : a.extras.other;
+    each_row_in_turn<kSize>(
+        team, residual, first, rows, part.begin, length,
+        [&](int r, int, int j, const Vector<T, kSize>& values, const Vector<T, kSize>& added) {
+          A w[kSize], b[kSize], v[kSize];
+          parameter_or(weight, A(1), a.extras.weight_offset, j, w);
+          parameter_or(bias, A(0), A(0), j, b);
 #pragma unroll
-  for (int i = 0; i < kItems; i += kTogether) {
-    Vector<W, kSize> w[kTogether], b[kTogether];
-    int j = (team.thread + i * team.threads) * kSize;
-    load_or(weight, Acc<W>(1), j, team.threads * kSize, length, w);
-    load_or(bias, Acc<W>(0), j, team.threads * kSize, length, b);
+          for (int k = 0; k < kSize; ++k) {
+            v[k] = ((values[k] - center[0]) * scale[0] + shift[0]) * w[k] + b[k] + added[k];
+          }
+          activate(a.extras.activation, a.extras.negative_slope, v);
+          store_rounded<kSize>(y + (r * a.length + j), v);
+        },
+        [&] { turn<kRows>(center), turn<kRows>(scale), turn<kRows>(shift); }, x);
+  } else {
+    constexpr int kTogether = kItems < 4 ? kItems : kItems < 8 ? 4 : kItems == 8 ? 2 : 1;
 #pragma unroll
-    for (int n = 0; n < kTogether; ++n, j += team.threads * kSize) {
-      if (j >= length) continue;
+    for (int i = 0; i < kItems; i += kTogether) {
+      Vector<W, kSize> w[kTogether], b[kTogether];
+      int j = (team.thread + i * team.threads) * kSize;
+      load_or(weight, Acc<W>(1), j, team.threads * kSize, length, w);
+      load_or(bias, Acc<W>(0), j, team.threads * kSize, length, b);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (r >= rows) continue;
-        A v[kSize];
+      for (int n = 0; n < kTogether; ++n, j += team.threads * kSize) {
+        if (j >= length) continue;
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) {
-          v[k] = ((x[r].items[i + n][k] - center[r]) * scale[r] + shift[r]) * w[n][k] + b[n][k];
+        for (int r = 0; r < kRows; ++r) {
+          if (r >= rows) continue;
+          A v[kSize];
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) {
+            v[k] = ((x[r].items[i + n][k] - center[r]) * scale[r] + shift[r]) * w[n][k] + b[n][k];
+          }
+          store_rounded<kSize>(y + (r * a.length + j), v);
         }
-        store_rounded<kSize>(y + (r * a.length + j), v);
       }
     }
   }
@@ -243,6 +308,16 @@ struct RowCoefficients {
     center = split.center;
     mean_low = A(split.low);
     low = -mean_low * rstd;
+  }
+
+  // Those of another lane.
+  __device__ __forceinline__ RowCoefficients of_lane(int lane) const {
+    RowCoefficients other;
+    other.center = __shfl_sync(kAllLanes, center, lane);
+    other.rstd = __shfl_sync(kAllLanes, rstd, lane);
+    other.mean_low = __shfl_sync(kAllLanes, mean_low, lane);
+    other.low = -other.mean_low * other.rstd;
+    return other;
   }
 
   // From the sums over the row of g and g * (x - center).
@@ -334,19 +409,19 @@ constexpr int kBackwardThreads = 512;
 NORMOPS_HOST_DEVICE constexpr int backward_many(int bytes, int size) {
   return size == 1 ? (bytes == 8 ? 4 : 8) : bytes == 2 ? 2 : 4;
 }
-NORMOPS_HOST_DEVICE constexpr int backward_rows(int size, int items, RowPlace place) {
-  return size > 1 && items < 4 && place != RowPlace::kBlockAndShared ? 4 / items : 1;
+NORMOPS_HOST_DEVICE constexpr int backward_rows(int size, int items, RowPlace place, bool extras) {
+  return size > 1 && items < 4 && place != RowPlace::kBlockAndShared && !extras ? 4 / items : 1;
 }
 
 // dx and, in `partial`, what the block's rows add to dweight and, behind it, dbias, as far as they are wanted. A block
 // has `rows_per_block` rows, whatever the device, so the sums are the same on all.
-template <typename T, typename W, int kSize, int kItems, RowPlace kPlace>
+template <typename T, typename W, int kSize, int kItems, RowPlace kPlace, bool kExtras>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     row_backward_kernel(const RowBackward<T> a, int threads_log2, int most, int64_t rows_per_block, Acc<T>* partial) {
   using A = Acc<T>;
   constexpr bool kShared = kPlace == RowPlace::kBlockAndShared, kCluster = kPlace == RowPlace::kCluster;
-  constexpr int kRows = backward_rows(kSize, kItems, kPlace);
-  constexpr bool kWarps = kPlace != RowPlace::kBlock || kItems >= backward_many(sizeof(T), kSize);
+  constexpr int kRows = backward_rows(kSize, kItems, kPlace, kExtras);
+  constexpr bool kWarps = kPlace != RowPlace::kBlock || kExtras || kItems >= backward_many(sizeof(T), kSize);
   NORMOPS_SHARED(A, partial_sums, 2 * 2 * kRows * kWarp);
   NORMOPS_SHARED(A, told_sums, 2 * 2 * kRows);
   NORMOPS_DYNAMIC_SHARED(A, scratch);
@@ -357,14 +432,18 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const W* const weight = at(static_cast<const W*>(a.parameters.weight), part.begin);
   const bool want_dweight = bool(a.dweight), want_dbias = bool(a.dbias);
 
-  // Where the sums are in shared memory, registers are too few to hold the weight too.
-  RowVectors<W, kSize, kShared ? 1 : kItems> w;
-  if (weight && !kShared) w.load(weight, team, length);
+  // Where the sums are in shared memory, and with extras, registers are too few to hold the weight too.
+  constexpr bool kHeld = !kShared && !kExtras;
+  RowVectors<W, kSize, kHeld ? kItems : 1> w;
+  if (weight && kHeld) w.load(weight, team, length);
   const auto scaled = [&](int i, int j, const Vector<T, kSize>& dy, A(&g)[kSize]) {
     if (weight) {
-      if (kShared) w.items[0] = Vector<W, kSize>::load(weight + j);
+      if (!kHeld) w.items[0] = Vector<W, kSize>::load(weight + j);
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) g[k] = dy[k] * w.items[kShared ? 0 : i][k];
+      for (int k = 0; k < kSize; ++k) {
+        const A factor = w.items[kHeld ? i : 0][k];
+        g[k] = dy[k] * (kExtras ? factor + a.extras.weight_offset : factor);
+      }
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) g[k] = dy[k];
@@ -385,11 +464,34 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       dy[r].load(from_dy, team, r < rows ? length : 0);
       x[r].load(from_x, team, r < rows ? length : 0);
     }
+    // Double arithmetic, which is slow on some devices: of each row by one lane, of which a team has as many.
+    const int lane = team.thread % kWarp, own_row = lane % kRows;
+    const int64_t row = own_row < rows ? first + own_row : begin;
+    const RowCoefficients<A> own(a.mean[row], a.rstd[row]);
     RowCoefficients<A> c[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = r < rows ? first + r : begin;
-      c[r] = RowCoefficients<A>(a.mean[row], a.rstd[row]);
+    for (int r = 0; r < kRows; ++r) c[r] = kRows > 1 ? own.of_lane(int(threadIdx.x % kWarp) - lane + r) : own;
+    if constexpr (kExtras) {
+      if (a.extras.activation) {
+        const W* const bias = at(static_cast<const W*>(a.parameters.bias), part.begin);
+        each_row_in_turn<kSize>(
+            team, a.extras.other, first, rows, part.begin, length,
+            [&](int r, int, int j, Vector<T, kSize>& grads, const Vector<T, kSize>& values,
+                const Vector<T, kSize>& other) {
+              A w[kSize], b[kSize], z[kSize], gradient[kSize];
+              parameter_or(weight, A(1), a.extras.weight_offset, j, w);
+              parameter_or(bias, A(0), A(0), j, b);
+#pragma unroll
+              for (int k = 0; k < kSize; ++k) {
+                const A made = ((values[k] - c[0].center) * c[0].rstd + c[0].low) * w[k] + b[k];
+                z[k] = a.extras.from_output ? other[k] : made + other[k];
+              }
+              before_activation<T, kSize>(a.extras.activation, a.extras.negative_slope, grads, z, gradient);
+              grads = Vector<T, kSize>::of(gradient);
+              if (a.extras.made) grads.store(a.extras.made + (first + r) * a.length + part.begin + j);
+            },
+            [&] { turn<kRows>(c); }, dy, x);
+      }
     }
 
     A g_sums[2 * kRows] = {};
@@ -415,6 +517,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       }
     });
     if (a.dx == nullptr) continue;
+    // The gradient of the sum comes in while the threads add up.
+    [[maybe_unused]] RowVectors<T, kSize, kExtras ? kItems : 1> more[kExtras ? kRows : 1];
+    if constexpr (kExtras) {
+      const Rows<const T>& from = a.extras.grad_sum;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        more[r].load(from.data + (first + r) * from.stride + part.begin, team, from.data && r < rows ? length : 0);
+      }
+    }
     // The sums of one turn are read while those of the next are written.
     parity ^= 1;
     sum_row<kWarps, kCluster>(g_sums, team, partial_sums + parity * 2 * kRows * kWarp, told_sums + parity * 2 * kRows);
@@ -435,6 +546,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
           result[k] = g[k] * c[r].rstd + ((x[r].items[i][k] - c[r].center) * slope[r] + shift[r]);
+          if constexpr (kExtras) result[k] += more[r].items[i][k];
         }
         store_rounded<kSize>(dx + (r * a.length + j), result);
       }

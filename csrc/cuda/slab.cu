@@ -17,36 +17,56 @@ void with_items(int64_t vectors, const F& f) {
   f(std::integral_constant<int, kItems>{});
 }
 
-// f(kSize, kItems). What fits in registers makes forward slabs of 65,536 elements of 16 bits (float 32,768, double
-// 16,384, 8,192 where they are not read as vectors) and backward slabs of half as many.
-template <typename T, typename F>
-void with_forward(const Plan& plan, int64_t vectors, const F& f) {
-  if (plan.vectors) {
-    with_items<4, 8, 16>(vectors, [&](auto items) { f(std::integral_constant<int, kFullVector<T>>{}, items); });
-  } else {
-    with_items<16>(vectors, [&](auto items) { f(std::integral_constant<int, 1>{}, items); });
-  }
-}
-template <typename T, typename F>
-void with_backward(const Plan& plan, int64_t vectors, const F& f) {
-  if (plan.vectors) {
-    with_items<4, 8>(vectors, [&](auto items) { f(std::integral_constant<int, kFullVector<T>>{}, items); });
-  } else {
-    with_items<8>(vectors, [&](auto items) { f(std::integral_constant<int, 1>{}, items); });
-  }
-}
-
 int64_t lines_of(const Plan& plan) { return plan.over_batch ? plan.cut.lines : plan.group_size; }
 int64_t vectors_of(const Plan& plan) { return lines_of(plan) * plan.by_line.divisor(); }
 
-Slabs slabs_of(const Plan& plan) {
-  return {Divisor(plan.groups), uint32_t(lines_of(plan)), uint32_t(vectors_of(plan))};
+constexpr int kMostForward = 16, kMostBackward = 8;  // items
+
+// f(kSize, kItems). What fits in registers makes forward slabs of 65,536 elements of 16 bits (float 32,768, double
+// 16,384, 8,192 where they are not read as vectors) and backward slabs of half as many; in clusters, 8 times as
+// many as vectors. With an epilogue there are fewer kernels, of double half as many elements, and no clusters.
+template <bool kEpilogue, typename T, typename F>
+void with_forward(const Plan& plan, const F& f) {
+  const auto with = [&](auto size) { return [&f, size](auto items) { f(size, items); }; };
+  const int64_t vectors = vectors_of(plan);
+  if (!plan.vectors) {
+    with_items<kMostForward>(vectors, with(std::integral_constant<int, 1>{}));
+  } else if constexpr (kEpilogue) {
+    with_items<4, sizeof(T) == 8 ? 8 : kMostForward>(vectors, with(std::integral_constant<int, kFullVector<T>>{}));
+  } else {
+    with_items<4, 8, kMostForward>(vectors, with(std::integral_constant<int, kFullVector<T>>{}));
+  }
+}
+template <bool kEpilogue, typename T, typename F>
+void with_backward(const Plan& plan, const F& f) {
+  const auto with = [&](auto size) { return [&f, size](auto items) { f(size, items); }; };
+  const int64_t vectors = vectors_of(plan);
+  if (!plan.vectors) {
+    with_items<kMostBackward>(vectors, with(std::integral_constant<int, 1>{}));
+  } else if constexpr (kEpilogue) {
+    with_items<sizeof(T) == 8 ? 4 : kMostBackward>(vectors, with(std::integral_constant<int, kFullVector<T>>{}));
+  } else {
+    with_items<4, kMostBackward>(vectors, with(std::integral_constant<int, kFullVector<T>>{}));
+  }
 }
 
-// Whole warps, enough to hold the slab.
-LaunchConfig config_of(const Plan& plan, int items, size_t shared_bytes) {
-  const int64_t per_thread = ceil_div(vectors_of(plan), items);
-  return {grid_of(plan.rows * plan.groups), dim3(unsigned(ceil_div(per_thread, kWarp) * kWarp)), shared_bytes};
+// The blocks that share a slab: one, or those of a cluster.
+int blocks_of(const Plan& plan, int64_t most_vectors) {
+  int blocks = 1;
+  while (blocks * most_vectors < vectors_of(plan)) blocks *= 2;
+  return blocks;
+}
+
+Slabs slabs_of(const Plan& plan, int blocks) {
+  const int64_t vectors = vectors_of(plan);
+  return {Divisor(plan.groups), uint32_t(lines_of(plan)), uint32_t(vectors), uint32_t(ceil_div(vectors, blocks))};
+}
+
+// Whole warps, enough to hold a block's part.
+LaunchConfig config_of(const Plan& plan, int items, int blocks, size_t shared_bytes) {
+  const int64_t per_thread = ceil_div(ceil_div(vectors_of(plan), blocks), items);
+  return {grid_of(plan.rows * plan.groups * blocks), dim3(unsigned(ceil_div(per_thread, kWarp) * kWarp)), shared_bytes,
+          unsigned(blocks)};
 }
 
 // Of what is known of each channel of a group, in the types of the arithmetic.
@@ -55,48 +75,77 @@ size_t forward_bytes(const Plan& plan) {
   return plan.group_size > 1 ? 2 * size_t(plan.group_size) * sizeof(A) : 0;
 }
 template <typename A>
-size_t backward_bytes(const Plan& plan) {
+size_t backward_bytes(const Plan& plan, bool epilogue) {
   const LineUnits units(plan.by_line.divisor());
-  return plan.group_size > 1 ? size_t(plan.group_size) * (2 * units.most + 1) * sizeof(A) : 0;
+  return plan.group_size > 1 ? size_t(plan.group_size) * (2 * units.most + (epilogue ? 2 : 1)) * sizeof(A) : 0;
 }
 
 }  // namespace
 
 template <typename T>
-bool slab_fits(const Plan& plan, bool backward) {
+bool slab_fits(const Plan& plan, int device, bool backward, bool epilogue) {
   constexpr size_t kMostBytes = 32 * 1024;
+  constexpr int kMostBlocks = 8;
   // A channel over the batch, or a group of channels of a sample: not both.
   if (plan.layout != Layout::kContiguous || (plan.over_batch && plan.group_size > 1)) return false;
   int64_t most = 0;
   const auto note = [&](auto, auto items) { most = int64_t(items.value) * kSlabThreads; };
   if (backward) {
-    with_backward<T>(plan, vectors_of(plan), note);
+    epilogue ? with_backward<true, T>(plan, note) : with_backward<false, T>(plan, note);
   } else {
-    with_forward<T>(plan, vectors_of(plan), note);
+    epilogue ? with_forward<true, T>(plan, note) : with_forward<false, T>(plan, note);
   }
-  return vectors_of(plan) <= most &&
-         (backward ? backward_bytes<Acc<T>>(plan) : forward_bytes<Acc<T>>(plan)) <= kMostBytes;
+  if ((backward ? backward_bytes<Acc<T>>(plan, epilogue) : forward_bytes<Acc<T>>(plan)) > kMostBytes) return false;
+  if (vectors_of(plan) <= most) return true;
+  // Clusters, where they are many enough to be worth their barriers. Samples are not counted (kWantedBlocks).
+  const int blocks = blocks_of(plan, most);
+  const int64_t wanted = plan.over_batch ? 128 : 16;
+  return plan.vectors && !epilogue && blocks <= kMostBlocks && plan.groups * blocks >= wanted &&
+         (!backward || plan.group_size == 1) && Device::get(device).clusters;
 }
 
 template <typename T, typename A>
 void slab_forward(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const ForwardMerge<A>& args,
-                  void* stream) {
-  with_forward<T>(plan, vectors_of(plan), [&](auto size, auto items) {
-    check(launch(slab_forward_kernel<T, size.value, items.value>, config_of(plan, items.value, forward_bytes<A>(plan)),
-                 static_cast<cudaStream_t>(stream), plan, slabs_of(plan), x, y, args),
+                  void* stream, const ChannelEpilogue<T>& epilogue) {
+  const auto run = [&](auto kernel, int items, int blocks, const auto& end) {
+    check(launch(kernel, config_of(plan, items, blocks, forward_bytes<A>(plan)), static_cast<cudaStream_t>(stream),
+                 plan, slabs_of(plan, blocks), x, y, args, end),
           "slab_forward");
-  });
+  };
+  const auto with_end = [&](auto there, const auto& end) {
+    with_forward<there.value, T>(plan, [&](auto size, auto items) {
+      const int blocks = blocks_of(plan, int64_t(items.value) * kSlabThreads);
+      if constexpr (!there.value && size.value > 1 && items.value == kMostForward) {
+        if (blocks > 1) {
+          return run(slab_forward_kernel<T, size.value, items.value, false, true>, items.value, blocks, end);
+        }
+      }
+      run(slab_forward_kernel<T, size.value, items.value, there.value, false>, items.value, 1, end);
+    });
+  };
+  epilogue ? with_end(std::true_type{}, epilogue) : with_end(std::false_type{}, NoEpilogue{});
 }
 
 template <typename T, typename A>
 void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
-                   const BackwardMerge<A>& args, void* stream) {
-  with_backward<T>(plan, vectors_of(plan), [&](auto size, auto items) {
-    check(
-        launch(slab_backward_kernel<T, size.value, items.value>, config_of(plan, items.value, backward_bytes<A>(plan)),
-               static_cast<cudaStream_t>(stream), plan, slabs_of(plan), dy, x, dx, args),
-        "slab_backward");
-  });
+                   const BackwardMerge<A>& args, void* stream, const ChannelEpilogue<T>& epilogue) {
+  const auto run = [&](auto kernel, int items, int blocks, const auto& end) {
+    check(launch(kernel, config_of(plan, items, blocks, backward_bytes<A>(plan, bool(epilogue))),
+                 static_cast<cudaStream_t>(stream), plan, slabs_of(plan, blocks), dy, x, dx, args, end),
+          "slab_backward");
+  };
+  const auto with_end = [&](auto there, const auto& end) {
+    with_backward<there.value, T>(plan, [&](auto size, auto items) {
+      const int blocks = blocks_of(plan, int64_t(items.value) * kSlabThreads);
+      if constexpr (!there.value && size.value > 1 && items.value == kMostBackward) {
+        if (blocks > 1) {
+          return run(slab_backward_kernel<T, size.value, items.value, false, true>, items.value, blocks, end);
+        }
+      }
+      run(slab_backward_kernel<T, size.value, items.value, there.value, false>, items.value, 1, end);
+    });
+  };
+  epilogue ? with_end(std::true_type{}, epilogue) : with_end(std::false_type{}, NoEpilogue{});
   if (args.sums) {
     column_sums(args.sums, args.sums + plan.rows * plan.columns, plan.rows, plan.columns, plan.columns, args.dweight,
                 args.dbias, stream);
@@ -104,11 +153,11 @@ void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<co
 }
 
 #define NORMOPS_INSTANTIATE(T)                                                                                   \
-  template bool slab_fits<T>(const Plan&, bool);                                                                 \
+  template bool slab_fits<T>(const Plan&, int, bool, bool);                                                      \
   template void slab_forward(const Plan&, ChannelTensor<const T>, ChannelTensor<T>, const ForwardMerge<Acc<T>>&, \
-                             void*);                                                                             \
+                             void*, const ChannelEpilogue<T>&);                                                  \
   template void slab_backward(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, ChannelTensor<T>,     \
-                              const BackwardMerge<Acc<T>>&, void*);
+                              const BackwardMerge<Acc<T>>&, void*, const ChannelEpilogue<T>&);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)
 NORMOPS_INSTANTIATE(c10::Half)

@@ -4,9 +4,11 @@
 // contiguous layout: the three stages in one kernel, and memory is read once.
 //
 // A slab is made of lines: the samples of a channel, or the channels of a group. Its vectors are dealt to the threads
-// in turn, wherever in a line they are.
+// in turn, wherever in a line they are. Where the device has clusters, those of one can share a slab, each block with a
+// part of its vectors; in the backward only of slabs of one channel.
 
 #include "any_array.cuh"
+#include "epilogue.cuh"
 #include "walk.cuh"
 
 namespace normops::cuda {
@@ -17,25 +19,36 @@ constexpr int kSlabThreads = 512;
 struct Slabs {
   Divisor groups;
   uint32_t lines, count;  // lines and vectors of a slab
+  uint32_t part;          // vectors of a block
 };
 
-template <int kSize>
+template <int kSize, bool kCluster>
 struct SlabWalk {
   const Plan& plan;
   const Slabs& slabs;
   int64_t row;
-  uint32_t group;
+  uint32_t slab, group, begin, end;  // of the block's vectors
 
-  __device__ __forceinline__ SlabWalk(const Plan& plan, const Slabs& slabs) : plan(plan), slabs(slabs) {
-    group = blockIdx.x;
+  __device__ __forceinline__ SlabWalk(const Plan& plan, const Slabs& slabs)
+      : plan(plan), slabs(slabs), slab(blockIdx.x), begin(0), end(slabs.count) {
+    if constexpr (kCluster) {
+      slab = blockIdx.x / cluster_size();
+      begin = min(cluster_rank() * slabs.part, slabs.count);
+      end = min(begin + slabs.part, slabs.count);
+    }
+    group = slab;
     row = slabs.groups.split(group);
   }
+
+  // Whether it is for this thread to say what is known of the slab.
+  __device__ __forceinline__ bool speaks() const { return threadIdx.x == 0 && (!kCluster || begin == 0); }
+  __device__ __forceinline__ bool has(uint32_t thread, int i) const { return begin + thread + i * blockDim.x < end; }
 
   __device__ __forceinline__ bool one_channel() const { return plan.group_size == 1; }
   __device__ __forceinline__ int64_t first_channel() const { return group * plan.group_size; }
 
   __device__ __forceinline__ Place place(uint32_t thread, int i) const {
-    return place_in_lines<kSize>(thread + i * blockDim.x, slabs.count, plan.by_line);
+    return place_in_lines<kSize>(begin + thread + i * blockDim.x, end, plan.by_line);
   }
   template <typename T>
   __device__ __forceinline__ T* start(const ChannelTensor<T>& x) const {
@@ -50,15 +63,17 @@ struct SlabWalk {
 };
 
 // Dynamic shared memory: scale and shift of every channel, where there are several.
-template <typename T, int kSize, int kItems>
-__global__ void __launch_bounds__(kSlabThreads, kItems <= 8 ? 2 : 1)
+template <typename T, int kSize, int kItems, bool kEpilogue, bool kCluster>
+__global__ void __launch_bounds__(kSlabThreads, kItems <= 8 && !kEpilogue ? 2 : 1)
     slab_forward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> x, const ChannelTensor<T> y,
-                        const ForwardMerge<Acc<T>> a) {
+                        const ForwardMerge<Acc<T>> a, const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
   NORMOPS_SHARED(A, shared_sums, kWarp);
   NORMOPS_SHARED(A, shared_squares, 2 * kWarp);
+  NORMOPS_SHARED(A, told_sum, 1);
+  NORMOPS_SHARED(A, told_squares, 2);
   NORMOPS_DYNAMIC_SHARED(A, of_channels);
-  const SlabWalk<kSize> walk(plan, slabs);
+  const SlabWalk<kSize, kCluster> walk(plan, slabs);
   const int threads = blockDim.x;
   const A inverse = reciprocal(A(slabs.count) * kSize);
   const T* const x_start = walk.start(x);
@@ -74,19 +89,20 @@ __global__ void __launch_bounds__(kSlabThreads, kItems <= 8 ? 2 : 1)
   A sum[1] = {0};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (thread + i * threads >= slabs.count) continue;
+    if (!walk.has(thread, i)) continue;
     A item = values[i][0];
 #pragma unroll
     for (int k = 1; k < kSize; ++k) item += values[i][k];
     sum[0] += item;
   }
   block_sum(sum, threads, shared_sums);
+  if constexpr (kCluster) cluster_sum(sum, told_sum);
   const A center = sum[0] * inverse;
   thread = this_thread();
   A sums[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (thread + i * threads >= slabs.count) continue;
+    if (!walk.has(thread, i)) continue;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       const A d = values[i][k] - center;
@@ -95,14 +111,15 @@ __global__ void __launch_bounds__(kSlabThreads, kItems <= 8 ? 2 : 1)
     }
   }
   block_sum(sums, threads, shared_squares);
+  if constexpr (kCluster) cluster_sum(sums, told_squares);
   const A low = sums[0] * inverse, var = sums[1] * inverse - low * low;
   const A rstd = reciprocal_std(var, A(a.eps));
-  if (threadIdx.x == 0) {
+  if (walk.speaks()) {
     const double mean = double(center) + low, variance = var < A(0) ? A(0) : var;
-    a.mean[blockIdx.x] = mean;
-    a.var[blockIdx.x] = variance;
-    if (a.running.running[0]) move_running(a.running, 0, blockIdx.x, mean);
-    if (a.running.running[1]) move_running(a.running, 1, blockIdx.x, variance);
+    a.mean[walk.slab] = mean;
+    a.var[walk.slab] = variance;
+    if (a.running.running[0]) move_running(a.running, 0, walk.slab, mean);
+    if (a.running.running[1]) move_running(a.running, 1, walk.slab, variance);
   }
   const int64_t first = walk.first_channel();
   A scale = 1, shift = 0;
@@ -119,19 +136,45 @@ __global__ void __launch_bounds__(kSlabThreads, kItems <= 8 ? 2 : 1)
   }
   T* const y_start = walk.start(y);
   thread = this_thread();
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const Place place = walk.place(thread, i);
-    if (!place.there) continue;
+  const auto normalize = [&](const Place& place, const Vector<T, kSize>& vector, A(&result)[kSize]) {
     if (!walk.one_channel()) {
       scale = of_channels[2 * place.line];
       shift = of_channels[2 * place.line + 1];
     }
-    A result[kSize];
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) result[k] = (values[i][k] - center) * scale + shift;
-    store_rounded<kSize>(walk.at(y_start, y.strides, place), result);
+    for (int k = 0; k < kSize; ++k) result[k] = (vector[k] - center) * scale + shift;
+  };
+  if constexpr (kEpilogue) {
+    const T* const residual_start = walk.start(epilogue.other);
+    const auto load = [&](int i) {
+      const Place place = walk.place(thread, i);
+      return Vector<T, kSize>::load_if(place.there && epilogue.other.data,
+                                       walk.at(residual_start, epilogue.other.strides, place));
+    };
+    each_in_turn(
+        load,
+        [&](int i, const Vector<T, kSize>& vector, const Vector<T, kSize>& residual) {
+          const Place place = walk.place(thread, i);
+          if (!place.there) return;
+          A result[kSize];
+          normalize(place, vector, result);
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) result[k] += residual[k];
+          activate(epilogue.activation, epilogue.negative_slope, result);
+          store_rounded<kSize>(walk.at(y_start, y.strides, place), result);
+        },
+        values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const Place place = walk.place(thread, i);
+      if (!place.there) continue;
+      A result[kSize];
+      normalize(place, values[i], result);
+      store_rounded<kSize>(walk.at(y_start, y.strides, place), result);
+    }
   }
+  if constexpr (kCluster) cluster_sync();  // the last of the others may still read what this block has told
 }
 
 // Where the sums of lines are collected: a line's vectors are in so many units, the 32 vectors of a warp.
@@ -169,21 +212,24 @@ __device__ __forceinline__ bool sum_lines(A (&terms)[2], uint32_t along, uint32_
   return lane == 0 || along == 0;
 }
 
-// Dynamic shared memory, where there are several channels: the sums of every line in every unit, and the scale of every
-// channel.
-template <typename T, int kSize, int kItems>
-__global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 2 : 1)
+// Dynamic shared memory, where there are several channels: the sums of every line in every unit, and of every channel
+// the scale and, with an epilogue, the shift of the forward.
+template <typename T, int kSize, int kItems, bool kEpilogue, bool kCluster>
+__global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 && !kEpilogue ? 2 : 1)
     slab_backward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> dy,
-                         const ChannelTensor<const T> x, const ChannelTensor<T> dx, const BackwardMerge<Acc<T>> a) {
+                         const ChannelTensor<const T> x, const ChannelTensor<T> dx, const BackwardMerge<Acc<T>> a,
+                         const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
   NORMOPS_SHARED(A, shared, 2 * kWarp);
   NORMOPS_SHARED(A, told, 5);
   NORMOPS_SHARED(double, exact, 2);
+  NORMOPS_SHARED(A, told_sums, 2);
   NORMOPS_DYNAMIC_SHARED(A, of_lines);
-  const SlabWalk<kSize> walk(plan, slabs);
+  const SlabWalk<kSize, kCluster> walk(plan, slabs);
   const int threads = blockDim.x;
   const LineUnits units(plan.by_line.divisor());
   A* const scales = of_lines + 2 * slabs.lines * units.most;
+  constexpr int kOfScale = kEpilogue ? 2 : 1;  // from a channel's scale to the next
 
   Vector<T, kSize> grads[kItems], values[kItems];
   const T* const dy_start = walk.start(dy);
@@ -196,9 +242,9 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 
     values[i] = Vector<T, kSize>::load_if(place.there, walk.at(x_start, x.strides, place));
   }
   if (threadIdx.x == 0) {
-    const SplitMean<A> split(a.mean[blockIdx.x]);
+    const SplitMean<A> split(a.mean[walk.slab]);
     exact[0] = split.low;
-    exact[1] = 1 / sqrt(a.var[blockIdx.x] + a.eps);
+    exact[1] = 1 / sqrt(a.var[walk.slab] + a.eps);
     told[0] = split.center;
     told[1] = A(split.low);
     told[2] = A(exact[1]);
@@ -207,11 +253,51 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 
   const A center = told[0], low = told[1], rstd = told[2];
 
   const int64_t first = walk.first_channel(), row_start = walk.row * plan.columns;
+  if constexpr (kEpilogue) {
+    const auto shift_of = [&](int64_t channel, A scale) { return read_as<A>(epilogue.bias, channel) - low * scale; };
+    A forward_scale = rstd * read_as<A>(a.weight, first), forward_shift = shift_of(first, forward_scale);
+    if (!walk.one_channel()) {
+      for (uint32_t line = threadIdx.x; line < slabs.lines; line += threads) {
+        scales[2 * line] = rstd * read_as<A>(a.weight, first + line);
+        scales[2 * line + 1] = shift_of(first + line, scales[2 * line]);
+      }
+      __syncthreads();
+    }
+    const T* const other_start = walk.start(epilogue.other);
+    T* const dresidual_start = walk.start(epilogue.dresidual);
+    thread = this_thread();
+    const auto load = [&](int i) {
+      const Place place = walk.place(thread, i);
+      return Vector<T, kSize>::load_if(place.there && epilogue.other.data,
+                                       walk.at(other_start, epilogue.other.strides, place));
+    };
+    each_in_turn(
+        load,
+        [&](int i, Vector<T, kSize>& grad, const Vector<T, kSize>& value, const Vector<T, kSize>& other) {
+          const Place place = walk.place(thread, i);
+          if (!place.there) return;
+          if (!walk.one_channel()) {
+            forward_scale = scales[2 * place.line];
+            forward_shift = scales[2 * place.line + 1];
+          }
+          A z[kSize], gradient[kSize];
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) {
+            z[k] = epilogue.from_output ? other[k] : (value[k] - center) * forward_scale + forward_shift + other[k];
+          }
+          before_activation<T, kSize>(epilogue.activation, epilogue.negative_slope, grad, z, gradient);
+          grad = Vector<T, kSize>::of(gradient);
+          if (epilogue.dresidual.data) grad.store(walk.at(dresidual_start, epilogue.dresidual.strides, place));
+        },
+        grads, values);
+  }
   // What a channel's sums of dy and dy * (x - center) mean to the parameters; g and g * xhat are left in the sums.
   const auto finish = [&](uint32_t line, A(&sums)[2], A weight) {
     const A dy_xhat = (sums[1] - low * sums[0]) * rstd;
     const int64_t channel = first + line;
-    if (a.sums) {
+    if (kCluster && !walk.speaks()) {
+      // The first block says so.
+    } else if (a.sums) {
       a.sums[row_start + channel] = dy_xhat;
       a.sums[plan.rows * plan.columns + row_start + channel] = sums[0];
     } else {
@@ -226,14 +312,14 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     A sums[2] = {0, 0};
-    if (thread + i * threads < slabs.count) {  // unpacked behind a condition: not kept in registers
+    if (walk.has(thread, i)) {  // unpacked behind a condition: not kept in registers
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         sums[0] += grads[i][k];
         sums[1] += grads[i][k] * (values[i][k] - center);
       }
     }
-    if (walk.one_channel()) {
+    if (kCluster || walk.one_channel()) {
       group_sums[0] += sums[0];
       group_sums[1] += sums[1];
       continue;
@@ -246,8 +332,9 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 
       slot[1] = sums[1];
     }
   }
-  if (walk.one_channel()) {
+  if (kCluster || walk.one_channel()) {
     block_sum(group_sums, threads, shared);
+    if constexpr (kCluster) cluster_sum(group_sums, told_sums);
     const A weight = read_as<A>(a.weight, first);
     scale = rstd * weight;
     if (threadIdx.x == 0) finish(0, group_sums, weight);
@@ -263,13 +350,14 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 
       }
       A sums[2] = {A(line_dy), A(line_dy_x)};
       const A weight = read_as<A>(a.weight, first + line);
-      scales[line] = rstd * weight;
+      scales[kOfScale * line] = rstd * weight;
       finish(line, sums, weight);
       group_sums[0] += sums[0];
       group_sums[1] += sums[1];
     }
     block_sum(group_sums, threads, shared);
   }
+  if constexpr (kCluster) cluster_sync();  // the last of the others may still read what this block has told
   if (dx.data == nullptr) return;
   if (threadIdx.x == 0) {
     const double n = walk.count();
@@ -285,7 +373,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 ? 
   for (int i = 0; i < kItems; ++i) {
     const Place place = walk.place(thread, i);
     if (!place.there) continue;
-    if (!walk.one_channel()) scale = scales[place.line];
+    if (!kCluster && !walk.one_channel()) scale = scales[kOfScale * place.line];
     A result[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) result[k] = grads[i][k] * scale + ((values[i][k] - center) * slope + shift);

@@ -60,7 +60,8 @@ class LazyLayerNorm(_LazyRows, LayerNorm):
 
     Args:
         ndim: how many dimensions are normalized.
-        eps, elementwise_affine, bias, device, dtype, activation, negative_slope: as of :class:`normops.LayerNorm`.
+        eps, elementwise_affine, bias, device, dtype, activation, negative_slope, memory_efficient: as of
+            :class:`normops.LayerNorm`.
 
     Raises:
         ValueError: ``ndim`` is below 1, or the first input has fewer dimensions.
@@ -79,8 +80,13 @@ class LazyLayerNorm(_LazyRows, LayerNorm):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "memory_efficient": memory_efficient,
+        }
         super().__init__((0,) * ndim, eps, False, **options)
         self._be_lazy(ndim, elementwise_affine, ("weight", "bias")[: 1 + bias], device, dtype)
 
@@ -90,7 +96,8 @@ class LazyRMSNorm(_LazyRows, RMSNorm):
 
     Args:
         ndim: how many dimensions are normalized.
-        eps, elementwise_affine, device, dtype, activation, negative_slope: as of :class:`normops.RMSNorm`.
+        eps, elementwise_affine, device, dtype, activation, negative_slope, memory_efficient: as of
+            :class:`normops.RMSNorm`.
 
     Raises:
         ValueError: ``ndim`` is below 1, or the first input has fewer dimensions.
@@ -108,8 +115,13 @@ class LazyRMSNorm(_LazyRows, RMSNorm):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "memory_efficient": memory_efficient,
+        }
         super().__init__((0,) * ndim, eps, False, **options)
         self._be_lazy(ndim, elementwise_affine, ("weight",), device, dtype)
 
@@ -118,7 +130,8 @@ class LazyLayerNorm2d(_Lazy, LayerNorm2d):
     """:class:`normops.LayerNorm2d` that takes ``num_channels`` from its first input.
 
     Args:
-        eps, elementwise_affine, bias, device, dtype, activation, negative_slope: as of :class:`normops.LayerNorm2d`.
+        eps, elementwise_affine, bias, device, dtype, activation, negative_slope, memory_efficient: as of
+            :class:`normops.LayerNorm2d`.
     """
 
     cls_to_become = LayerNorm2d
@@ -133,8 +146,13 @@ class LazyLayerNorm2d(_Lazy, LayerNorm2d):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "memory_efficient": memory_efficient,
+        }
         super().__init__(0, eps, False, **options)
         self.elementwise_affine = elementwise_affine
         if elementwise_affine:
@@ -152,7 +170,8 @@ class LazyGroupNorm(_Lazy, GroupNorm):
 
     Args:
         num_groups: a divisor of the channels.
-        eps, affine, device, dtype, activation, negative_slope: as of :class:`normops.GroupNorm`.
+        eps, affine, device, dtype, activation, negative_slope, memory_efficient: as of
+            :class:`normops.GroupNorm`.
 
     Raises:
         ValueError: ``num_groups`` does not divide the channels of the first input.
@@ -170,8 +189,13 @@ class LazyGroupNorm(_Lazy, GroupNorm):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "memory_efficient": memory_efficient,
+        }
         super().__init__(num_groups, 0, eps, False, **options)
         self.affine = affine
         if affine:

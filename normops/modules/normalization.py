@@ -172,8 +172,13 @@ class RMSNorm2d(_OverChannels, RMSNorm):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "memory_efficient": memory_efficient,
+        }
         super().__init__(num_channels, eps, elementwise_affine, device, dtype, **options)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -185,6 +190,7 @@ class RMSNorm2d(_OverChannels, RMSNorm):
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
 

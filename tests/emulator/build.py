@@ -57,7 +57,8 @@ def build(name, kernels, others=(), variant="plain", torch=False):
     for_emulator, for_kernels, for_linker = VARIANTS[variant]
     includes, libraries = _torch_flags() if torch else ([], [])
     flags = [*FLAGS, *DEFINES, *includes]
-    sources = {HERE / "emulator.cpp": [*flags, *for_emulator], HERE / "device.cpp": flags, HERE / "traffic.cpp": flags}
+    own = ("device", "emulator", "interface", "messages", "traffic")
+    sources = {HERE / f"{name}.cpp": [*flags, *for_emulator] for name in own}
     sources |= {Path(path): [*flags, CHECKS, *for_kernels, "-x c++"] for path in kernels}
     sources |= {Path(path): flags for path in others}
 

@@ -3,14 +3,10 @@
 
 #include "emulator.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <mutex>
 #include <numeric>
-#include <sstream>
 
-#include "state.h"
+#include "messages.h"
 #include "traffic.h"
 
 uint3 threadIdx, blockIdx;
@@ -22,70 +18,6 @@ namespace {
 std::mutex one_at_a_time;
 Launch* current = nullptr;
 Thread* running = nullptr;
-
-// ---- Messages -------------------------------------------------------------------------------------------------------
-
-std::string at(const char* file, unsigned line) {
-  const std::string path = file;
-  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
-}
-std::string at(const Where& where) { return at(where.file_name(), where.line()); }
-
-std::string text(uint3 index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
-}
-
-std::string hex(uint64_t value) {
-  std::ostringstream stream;
-  stream << "0x" << std::hex << value;
-  return stream.str();
-}
-
-std::string kernel_name(const void* kernel) {
-  Dl_info info;
-  if (!dladdr(kernel, &info) || !info.dli_sname || info.dli_saddr != kernel) return "a kernel of internal linkage";
-  const std::unique_ptr<char, decltype(&std::free)> name(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr),
-                                                         std::free);
-  return name ? name.get() : info.dli_sname;
-}
-
-std::string in_launch() { return " in " + kernel_name(current->kernel) + ", launched at " + at(current->config.where); }
-
-std::string of_thread(const Thread& thread) {
-  return in_launch() + ", block " + text(thread.block->index) + ", thread " + text(thread.index);
-}
-
-std::string state_of(const Thread& thread) {
-  if (thread.state == Thread::State::kReturned) return " have returned";
-  if (thread.state == Thread::State::kReady) return " can go on";
-  const Point& point = *thread.point;
-  const std::string mask = point.mask ? ", mask " + hex(point.mask) : "";
-  return std::string(" wait in ") + point.name + " at " + at(point.where) + mask;
-}
-
-// Who waits where, block by block.
-std::string who_waits() {
-  constexpr int kBlocks = 4;
-  std::string result;
-  int listed = 0;
-  for (const Block& block : current->blocks) {
-    const auto threads = block.group.threads;
-    if (std::all_of(threads.begin(), threads.end(), [](auto* t) { return t->state == Thread::State::kReturned; }))
-      continue;
-    if (listed++ == kBlocks) return result + "\n  and in other blocks";
-    std::map<std::string, std::string> numbers;
-    for (size_t begin = 0, end; begin < threads.size(); begin = end) {
-      const std::string state = state_of(*threads[begin]);
-      for (end = begin + 1; end < threads.size() && state_of(*threads[end]) == state;) ++end;
-      std::string& list = numbers[state];
-      list += (list.empty() ? "" : ", ") + std::to_string(begin);
-      if (end > begin + 1) list += "-" + std::to_string(end - 1);
-    }
-    result += "\n  block " + text(block.index) + ":";
-    for (const auto& [state, list] : numbers) result += "\n    threads " + list + state;
-  }
-  return result;
-}
 
 [[noreturn]] void stop(const std::string& what) { throw std::runtime_error("emulated CUDA: " + what); }
 
@@ -423,83 +355,3 @@ void* map_shared(const void* pointer, unsigned rank, const Where& where) {
 unsigned cluster_size() { return current->config.cluster; }
 
 }  // namespace normops::emulator
-
-// ---- What g++ calls where -fsanitize=alignment,null,bounds finds something ------------------------------------------
-
-namespace {
-
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-struct TypeDescriptor {
-  uint16_t kind, info;
-  char name[1];
-};
-struct TypeMismatch {
-  SourceLocation where;
-  const TypeDescriptor* type;
-  unsigned char log_alignment, kind;
-};
-struct OutOfBounds {
-  SourceLocation where;
-  const TypeDescriptor *array, *index;
-};
-
-}  // namespace
-
-extern "C" {
-
-void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t pointer) {
-  using namespace normops::emulator;
-  const std::string what = std::string(data->type->name) + " at " + at(data->where.file, data->where.line);
-  if (!pointer) fail("null pointer to " + what);
-  fail("misaligned access to " + what + ": address " + hex(pointer) + " is not a multiple of " +
-       std::to_string(1 << data->log_alignment));
-}
-
-void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
-  using namespace normops::emulator;
-  fail("index " + std::to_string(int64_t(index)) + " is outside of " + data->array->name + " at " +
-       at(data->where.file, data->where.line));
-}
-
-// ---- For the tests, through ctypes ----------------------------------------------------------------------------------
-
-void normops_emulator_seed(uint64_t seed) { normops::emulator::settings().seed = seed; }
-
-void normops_emulator_device(const char* name, int multiprocessors) {
-  using namespace normops::emulator;
-  settings().device = &architecture(name);
-  settings().multiprocessors = multiprocessors;
-}
-
-void normops_emulator_dry(bool dry) { normops::emulator::settings().dry = dry; }
-
-// Counts begin at 0 again.
-void normops_emulator_clear() {
-  for (auto& [kernel, counts] : normops::emulator::kernels()) {
-    auto attributes = std::move(counts.attributes);
-    counts = {};
-    counts.attributes = std::move(attributes);
-  }
-}
-
-// A line for every instantiation that was launched: launches, blocks, threads, barriers, exchanges, traffic, name.
-const char* normops_emulator_report() {
-  using namespace normops::emulator;
-  static std::string report;
-  report.clear();
-  for (const auto& [kernel, counts] : kernels()) {
-    if (!counts.launches) continue;
-    const Traffic& t = counts.traffic;
-    for (const int64_t count :
-         {counts.launches, counts.blocks, counts.threads, counts.barriers, counts.exchanges, t.read, t.written,
-          t.sectors_read, t.sectors_written, t.distinct_read, t.distinct_written, t.chain, t.shared, t.conflicts})
-      report += std::to_string(count) + " ";
-    report += kernel_name(kernel) + "\n";
-  }
-  return report.c_str();
-}
-
-}  // extern "C"

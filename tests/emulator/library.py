@@ -6,6 +6,18 @@ import dataclasses
 import os
 
 
+def _without_arguments(name):
+    """The name of a kernel without template arguments, parameters and result."""
+    depth, found = 0, ""
+    for character in name.replace("(anonymous namespace)", "{anonymous}"):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            break
+        if depth == 0 and character != ">":
+            found += character
+    return found.split(" ")[-1]
+
+
 @dataclasses.dataclass
 class Launches:
     """What was run of one instantiation of a kernel."""
@@ -31,15 +43,7 @@ class Launches:
 
     @property
     def kernel(self):
-        """The name without template arguments, parameters and result."""
-        depth, name = 0, ""
-        for character in self.name.replace("(anonymous namespace)", "{anonymous}"):
-            depth += {"<": 1, ">": -1}.get(character, 0)
-            if character == "(" and depth == 0:
-                break
-            if depth == 0 and character != ">":
-                name += character
-        return name.split(" ")[-1]
+        return _without_arguments(self.name)
 
 
 class Library:
@@ -49,6 +53,8 @@ class Library:
         self.functions.normops_emulator_device.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self.functions.normops_emulator_dry.argtypes = [ctypes.c_bool]
         self.functions.normops_emulator_report.restype = ctypes.c_char_p
+        self.functions.normops_emulator_moved.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+        self.functions.normops_emulator_moved.restype = ctypes.c_char_p
 
     def seed(self, seed=None):
         """Sets the order in which threads and blocks run; 0 is that of their numbers, the default that of the start."""
@@ -66,6 +72,17 @@ class Library:
         numbers = len(dataclasses.fields(Launches)) - 1
         split = (line.split(" ", numbers) for line in lines)
         return [Launches(*map(int, fields[:numbers]), fields[numbers]) for fields in split]
+
+    def moved(self, tensor):
+        """Kernel -> bytes that it read and wrote of a tensor since the last ``clear``; in the variant "counting"."""
+        size = tensor.numel() * tensor.element_size()
+        found = {}
+        for line in self.functions.normops_emulator_moved(tensor.data_ptr(), size).decode().splitlines():
+            read, written, name = line.split(" ", 2)
+            kernel = _without_arguments(name)
+            before = found.get(kernel, (0, 0))
+            found[kernel] = (before[0] + int(read), before[1] + int(written))
+        return found
 
     def clear(self):
         """Counts begin at 0 again."""

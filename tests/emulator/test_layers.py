@@ -50,11 +50,16 @@ def test_the_backend_comes_and_goes(capfd):
 
 LAUNCHES = {
     "layer_norm": (nn.LayerNorm(768), (64, 768), 1, 2),
+    "layer_norm_silu": (normops.LayerNorm(768, activation="silu"), (64, 768), 1, 2),
     "rms_norm": (nn.RMSNorm(8192), (4, 8192), 1, 2),
-    "batch_norm_slab": (nn.BatchNorm2d(16, track_running_stats=False), (8, 16, 8, 8), 1, 1),
-    "batch_norm": (nn.BatchNorm2d(16, track_running_stats=False), (32, 16, 64, 64), 3, 3),
+    "batch_norm_slab": (nn.BatchNorm2d(16), (8, 16, 8, 8), 1, 1),
+    "batch_norm": (nn.BatchNorm2d(16), (32, 16, 96, 96), 3, 3),
+    "batch_norm_cluster": (nn.BatchNorm2d(64), (32, 64, 48, 48), 1, 1),
+    "batch_norm_relu": (normops.BatchNorm2d(16, activation="relu"), (32, 16, 64, 64), 3, 4),  # one makes z's scale
     "batch_norm_eval": (nn.BatchNorm2d(16).eval(), (32, 16, 64, 64), 2, 3),
+    "instance_norm": (nn.InstanceNorm2d(16, track_running_stats=True), (8, 16, 8, 8), 2, 1),
     "group_norm": (nn.GroupNorm(4, 16), (2, 16, 32, 32), 1, 2),
+    "group_norm_silu": (normops.GroupNorm(4, 16, activation="silu"), (2, 16, 32, 32), 1, 2),
 }
 
 
@@ -62,19 +67,36 @@ LAUNCHES = {
 def test_launches(name):
     """How many there are in the forward and in the backward, which gives gradients of input, weight and bias."""
     layer, shape, *expected = LAUNCHES[name]
-    layer, library = normops.convert(layer), backend.library()
+    layer = normops.convert(layer)
+    assert count_launches(layer, torch.empty(shape, requires_grad=True)) == expected
+
+
+def test_launches_of_sums():
+    """The sum comes with the norm, and its gradient with the norm's."""
+    x, residual, weight = torch.empty(64, 768), torch.empty(64, 768, requires_grad=True), torch.empty(768)
+    weight.requires_grad_()
+
+    def layer(x):
+        return normops.functional.add_rms_norm(x, residual, (768,), weight, weight_offset=1.0)
+
+    assert count_launches(layer, x.requires_grad_()) == [1, 2]
+
+
+def count_launches(layer, x):
+    library, counts = backend.library(), []
     with backend.entered(), library.dry():
-        counts = []
-        library.clear()
-        output = layer(torch.empty(shape, requires_grad=True))
-        counts.append(sum(launches.launches for launches in library.report()))
-        library.clear()
-        output.backward(torch.empty_like(output))
-        counts.append(sum(launches.launches for launches in library.report()))
-    assert counts == expected
+        for step in range(2):
+            library.clear()
+            if step == 0:
+                outputs = layer(x)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            else:
+                torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+            counts.append(sum(launches.launches for launches in library.report()))
+    return counts
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_gradients_are_written_in_the_dtype_of_the_weight(weight_dtype):
     x, dy = torch.randn(2, 4, 6, 8, dtype=torch.bfloat16)
     weights = {size: torch.ones(size, dtype=weight_dtype) for size in (6, 8)}
@@ -94,6 +116,12 @@ def run_tests(files, selection, variant="plain", **environment):
     done = run_python(variant, *arguments, NORMOPS_EMULATOR_VARIANT=variant, **environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-10000:]
     assert "CUDA kernels" in done.stdout and "Sanitizer" not in done.stdout + done.stderr
+
+
+def test_what_is_moved():
+    """The table of bytes in CONTRIBUTING.md, and the record that predictions are made from."""
+    done = run_python("plain", "-m", "emulator.traffic_table", NORMOPS_EMULATOR_VARIANT="counting")
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 # Each layer forward and backward, contiguous and channels_last. Building the kernels for a sanitizer takes a minute.

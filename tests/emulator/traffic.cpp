@@ -2,15 +2,15 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <set>
+#include <string>
 #include <unordered_map>
 #include <unordered_set>
 
-namespace normops::emulator {
+#include "messages.h"
 
-// What runs, or null.
-Thread* running_thread();
-Launch* running_launch();
+namespace normops::emulator {
 
 namespace {
 
@@ -45,6 +45,10 @@ struct Visits {
 std::unordered_map<Moment, std::vector<Access>, Hash> moments;
 std::unordered_map<const Thread*, Visits> visits;
 std::unordered_set<uint64_t> distinct[2];
+
+// Bytes read and written of each line of memory, kernel by kernel. Tensors begin with a line.
+constexpr uint64_t kLine = 64;
+std::map<const void*, std::unordered_map<uint64_t, std::array<int64_t, 2>>> lines;
 
 // Of an access of a warp: how many turns its banks take, given that wider ones are taken in parts of the warp.
 int64_t turns(const std::vector<Access>& accesses) {
@@ -105,6 +109,7 @@ void note(const void* code, uint64_t address, uint32_t bytes, bool write) {
   }
   Visits& mine = visits[thread];
   if (!shared && !write) ++mine.loads;
+  if (!shared) lines[running_launch()->kernel][address / kLine][write] += bytes;
   const uint32_t warp = thread->number / warpSize;
   moments[{code, mine.of_code[code]++, warp, write, shared}].push_back({place, bytes, thread->lane()});
 }
@@ -140,6 +145,23 @@ void end_of_launch(Traffic& traffic) {
   traffic.distinct_written += int64_t(distinct[1].size());
   for (auto& sectors : distinct) sectors.clear();
 }
+
+// A line for every kernel: bytes read and written of some memory, name.
+std::string moved(uint64_t begin, uint64_t bytes) {
+  std::string report;
+  for (const auto& [kernel, of_kernel] : lines) {
+    std::array<int64_t, 2> total{};
+    for (const auto& [line, counts] : of_kernel) {
+      if (line * kLine < begin || line * kLine >= begin + bytes) continue;
+      total[0] += counts[0];
+      total[1] += counts[1];
+    }
+    report += std::to_string(total[0]) + " " + std::to_string(total[1]) + " " + kernel_name(kernel) + "\n";
+  }
+  return report;
+}
+
+void forget_traffic() { lines.clear(); }
 
 void forget_accesses() {
   moments.clear();

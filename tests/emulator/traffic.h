@@ -12,4 +12,9 @@ void end_of_block(Traffic& traffic);
 void end_of_launch(Traffic& traffic);
 void forget_accesses();
 
+// Of all launches since the last call of the other: a line for every kernel with the bytes that it read and wrote of
+// some memory, and its name.
+std::string moved(uint64_t begin, uint64_t bytes);
+void forget_traffic();
+
 }  // namespace normops::emulator

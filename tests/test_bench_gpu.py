@@ -1,0 +1,163 @@
+"""What is meant for a machine with a card, rehearsed without one: nothing that is timed here means anything."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulator import backend
+
+from bench import gpu
+from bench.cases import Case
+
+pytestmark = pytest.mark.skipif(not backend.exists(), reason="there are no CUDA kernels")
+
+CASES = [
+    Case("layer_norm", (64, 128), "bfloat16", "contiguous", "cpu"),
+    Case("rms_norm", (64, 128), "float32", "contiguous", "cpu"),
+    Case("batch_norm", (4, 8, 16, 16), "float16", "channels_last", "cpu"),
+    Case("group_norm", (2, 64, 8, 8), "bfloat16", "contiguous", "cpu"),
+]
+
+
+class Event:
+    def __init__(self, enable_timing):
+        self.time = None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+class Stream:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+class Graph(Stream):
+    """Replays by calling again, as what it has captured was run too."""
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Torch as it is with a card, as far as the benchmark asks, and the emulator's launchers behind the operators."""
+    events = torch.profiler.ProfilerActivity
+    for name, value in {
+        "is_available": lambda: True,
+        "get_device_name": lambda: "Card of Cardboard",
+        "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=1 << 16),
+        "Stream": Stream,
+        "stream": lambda stream: stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, stream: graph,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(events, "CUDA", events.CPU, raising=False)
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "REPETITIONS", 3)
+    monkeypatch.setattr(gpu, "cases", lambda: iter(CASES))
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda stopwatch: 1e12)
+    # The compiler has a test of its own, and takes long.
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    with backend.entered(), backend.library().dry():
+        yield
+
+
+def test_benchmark(card, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path)])
+    assert gpu.main() == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["environment"]["gpu"] == "Card of Cardboard" and record["planned"] == len(CASES)
+    assert [result["case"] for result in record["results"]] == [case.name for case in CASES]
+    for result in record["results"]:
+        assert {"normops", "torch"} <= set(result["implementations"])
+        for name in ("normops", "torch"):
+            for what in ("forward", "backward"):
+                row = result["implementations"][name][what]
+                assert row["graph"] and row["us"] > 0 and row["host_us"] > 0
+    text = (tmp_path / "gpu.md").read_text()
+    assert "torch / normops forward" in text and all(case.name in text for case in CASES)
+    assert f"{len(CASES)} of {len(CASES)} cases" in capsys.readouterr().out
+
+
+def test_benchmark_that_is_cut_short(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path), "--seconds", "0"])
+    assert gpu.main() == 0
+    assert f"0 of {len(CASES)} cases" in (tmp_path / "gpu.md").read_text()
+
+
+def test_hottest(card, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        gpu, "Passes", lambda layer, x, dy: SimpleNamespace(forward=lambda: ran.append(x), backward=int)
+    )
+    monkeypatch.setattr(Case, "make_data", lambda case: (case.shape, None))
+    assert gpu.run_hottest() == 0
+    assert (8192, 4096) in ran and len(ran) == 8
+
+
+@pytest.fixture
+def steps(card, tmp_path, monkeypatch):
+    """``make gpu`` with commands that are only written down; what a test says of a command is how it ends."""
+    specification = importlib.util.spec_from_file_location("make_gpu", backend.ROOT / "tests/cuda/gpu.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module.shutil, "which", lambda tool: f"/bin/{tool.split('/')[-1]}")
+    module.commands, module.ends = [], {}
+
+    def run(command, stdout, timeout, **_):
+        line = " ".join(map(str, command))
+        module.commands.append(line)
+        stdout.write("the last line\n")
+        for part, end in module.ends.items():
+            if part in line:
+                if end is None:
+                    raise subprocess.TimeoutExpired(command, timeout)
+                return SimpleNamespace(returncode=end)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return module
+
+
+def summary(tmp_path):
+    (found,) = tmp_path.glob("bench/results/*-card-of-cardboard/summary.txt")
+    return found.read_text()
+
+
+def test_make_gpu(steps, tmp_path):
+    assert steps.main() == 0
+    ran = " | ".join(steps.commands)
+    for part in ("setup.py", "pytest", "memcheck", "racecheck", "ncu", "bench.gpu --output"):
+        assert part in ran
+    assert "benchmark: passed" in summary(tmp_path)
+
+
+def test_make_gpu_when_things_fail(steps, tmp_path):
+    """Tests that fail and a sanitizer that takes too long do not keep the benchmark from being run."""
+    steps.ends = {"racecheck": None, "tests -k cuda": 1, "ncu": 3}
+    assert steps.main() == 1
+    text = summary(tmp_path)
+    assert "tests: failed (1)" in text and "racecheck: cut short" in text and "benchmark: passed" in text
+
+
+def test_make_gpu_without_a_build(steps, tmp_path):
+    steps.ends = {"setup.py": 1}
+    assert steps.main() == 1
+    assert len(steps.commands) == 1 and "build: failed (1)" in summary(tmp_path)

@@ -2,6 +2,7 @@
 # make bench-models    the same inside of models of transformers, diffusers and monai; takes ten minutes
 # make test     builds and runs the test suite
 # make test-models    converts models of transformers, diffusers and monai, and compares them with themselves
+# make docs     the documentation as HTML, in build/docs
 # make dev      builds for this machine's instruction set alone, which is faster, to try a change
 # make cuda     compiles the CUDA kernels, card or no card
 # make gpu      builds, tests and measures on the card at hand
@@ -33,7 +34,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-models test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -43,6 +44,11 @@ ifneq ($(ENVIRONMENT),)
 	$(RUN) -m pip install --quiet --group models
 endif
 	$(RUN) -m bench models $(BENCH_ARGS)
+
+# Warnings are errors. What the pages say is checked by tests/test_docs.py.
+docs: build
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
 
 # One process for each core, whose threads do not spin while they wait: there are more of them than cores.
 test: build
@@ -85,7 +91,7 @@ $(ENVIRONMENT): pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet "$(TORCH)"
-	$(RUN) -m pip install --quiet --group build --group test --group bench --group lint
+	$(RUN) -m pip install --quiet --group build --group test --group bench --group lint --group docs
 	$(RUN) -c "import sysconfig; open(sysconfig.get_path('purelib') + '/normops-source.pth', 'w').write('$(CURDIR)\n')"
 	touch $@
 endif

@@ -125,13 +125,13 @@ class Training:
     doubts: list[str] = field(default_factory=list)  # signs that the machine was not left alone
 
 
-def _images(device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def digits(device: str, train_images: int = TRAIN_IMAGES) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The images, standardized, and their labels: those to train on and those to test with."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor((pixels - pixels.mean()) / pixels.std(), dtype=torch.float32).view(-1, 1, 8, 8)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order].to(device), torch.tensor(labels)[order].to(device)
-    return (images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES]), (images[TRAIN_IMAGES:], labels[TRAIN_IMAGES:])
+    return (images[:train_images], labels[:train_images]), (images[train_images:], labels[train_images:])
 
 
 def _largest_difference(ours: list[float], theirs: list[float]) -> float:
@@ -142,7 +142,7 @@ def train(
     network: str, device: str, epochs: int, seed: int = 0, on_epoch: Callable[[], None] = lambda: None
 ) -> Training:
     make_model, make_optimizer = NETWORKS[network]
-    (images, labels), test = _images(device)
+    (images, labels), test = digits(device)
     torch.manual_seed(seed)
     model = make_model().to(device)
     ours = Trainee(normops.convert(copy.deepcopy(model)), make_optimizer)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def make_table(title: str, *columns: str, texts: int = 1, caption: str | None = None, **options) -> Table:
@@ -29,6 +30,20 @@ def speedup(value: float, doubtful: bool = False) -> str:
     if doubtful:
         return f"[dim]{value:.2f}?[/]"
     return f"[{'green' if value >= 1 else 'red'}]{value:.2f}[/]"
+
+
+def cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows, without colours."""
+    columns = [[Text.from_markup(cell).plain for cell in column.cells] for column in table.columns]
+    return [str(column.header) for column in table.columns], [list(row) for row in zip(*columns, strict=True)]
+
+
+def markdown(table: Table) -> str:
+    """With lines as long as they get, and the caption below."""
+    headers, rows = cells(table)
+    kinds = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    lines = ["| " + " | ".join(row) + " |" for row in [headers, kinds, *rows]]
+    return "\n".join(lines + (["", f"*{table.caption}.*"] if table.caption else []))
 
 
 def write_markdown(path: Path, title: str, verdict: Iterable[str], tables: Iterable[Table], charts: Iterable[str]):

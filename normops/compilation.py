@@ -16,8 +16,8 @@ class set_compile_mode:
     """Chooses what ``torch.compile`` and ``torch.export`` see of the layers and functions of normops.
 
     - ``"auto"``, the default: for each layer what was faster in training steps and in inference of compiled models.
-      :func:`batch_norm` is left to the compiler, as its second half goes into whatever follows it, and without
-      statistics to take it is nothing else; so is :func:`instance_norm` where gradients are recorded. The others are
+      ``batch_norm`` is left to the compiler, as its second half goes into whatever follows it, and without
+      statistics to take it is nothing else; so is ``instance_norm`` where gradients are recorded. The others are
       kernels: between matrix products, or with an activation behind them, fusing gained no more than the kernel did;
       and so is everything with ``memory_efficient=True``.
       An exported program has kernels only.

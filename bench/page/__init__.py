@@ -1,0 +1,1 @@
+"""``python -m bench report``: one page of recorded runs."""

@@ -38,8 +38,9 @@ def _parameter_shape(input, leading, plain, varying):
 
 
 def _parameter_dtype(input, weight):
-    """The dtype of dweight and dbias. CUDA kernels write them in that of the weight."""
-    return weight.dtype if weight is not None and input.device.type == "cuda" else _acc_dtype(input)
+    """The dtype of dweight and dbias. CUDA kernels write them in that of the weight, if the input has it too."""
+    own = weight is not None and weight.dtype == input.dtype and input.device.type == "cuda"
+    return input.dtype if own else _acc_dtype(input)
 
 
 def _dense_like(input):

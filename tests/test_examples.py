@@ -62,6 +62,7 @@ def test_runs_on_two_ranks(name, start):
     assert "rank 0" in printed and "rank 1" in printed
 
 
+@pytest.mark.nightly
 def test_ahead_of_time(start, tmp_path):
     """The package runs in Python and, where there is a compiler, in a C++ program that knows nothing of normops."""
     package = tmp_path / "model.pt2"

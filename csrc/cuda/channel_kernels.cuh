@@ -225,7 +225,7 @@ constexpr int last_stage_blocks(int size, bool more) { return size == 1 ? 1 : mo
 
 // kPositions: with a weight or a bias for each position.
 template <typename T, Layout kLayout, int kSize, bool kPositions, bool kEpilogue>
-__global__ void __launch_bounds__(kWalkThreads, last_stage_blocks(kSize, kPositions || kEpilogue))
+__global__ void __launch_bounds__(kWalkThreads, kPositions ? 1 : last_stage_blocks(kSize, kEpilogue))
     apply_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
                  const Coefficients<Acc<T>> coefficients, const Acc<T>* position_weight, const Acc<T>* position_bias,
                  const EpilogueIf<T, kEpilogue> epilogue) {

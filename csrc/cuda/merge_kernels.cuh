@@ -103,7 +103,7 @@ struct MergeBlock {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     merge_kernel(const Plan plan, const MergeGrid grid, const ForwardMerge<A> a) {
   NORMOPS_SHARED(double, told_rstd, kWarp);
   NORMOPS_SHARED(A, told_center, kWarp);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     grad_merge_kernel(const Plan plan, const MergeGrid grid, const BackwardMerge<A> a) {
   NORMOPS_SHARED(double, told_rstd, kWarp);
   NORMOPS_SHARED(A, told_center, kWarp);
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 // Column sums of `first` and `second`, each `rows` rows `stride` apart: four rows in their own type, then in double. A
 // result that is null is not wanted. Blocks of 256 threads, lanes of which take adjacent columns.
 template <typename S>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     column_sums_kernel(const S* first, const S* second, int64_t rows, int64_t stride, int64_t columns, int lanes_log2,
                        AnyOutput first_total, AnyOutput second_total) {
   NORMOPS_SHARED(double, totals, kMergeThreads);

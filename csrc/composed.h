@@ -56,8 +56,8 @@ inline at::Tensor activation_derivative(const Activation& activation, const at::
 // fuse. 16-bit inputs go through the plain kernels in float, so that nothing is rounded in between.
 namespace composed {
 
-// The dtype in which gradients of parameters are written: the weight's, if the input has it too, as the bias then has it
-// in all but odd models; otherwise that of the arithmetic, as nothing is known of the bias, and autograd converts.
+// The dtype in which gradients of parameters are written: the weight's, if the input has it too, as the bias then has
+// it in all but odd models; otherwise that of the arithmetic, as nothing is known of the bias, and autograd converts.
 inline at::ScalarType gradient_type(const OptionalTensor& weight, const at::Tensor& input) {
   return defined(weight) && weight->scalar_type() == input.scalar_type() ? input.scalar_type() : acc_type(input);
 }

@@ -96,8 +96,10 @@ def count_launches(layer, x):
     return counts
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_gradients_are_written_in_the_dtype_of_the_weight(weight_dtype):
+    """If the input has it too, and otherwise in that of the arithmetic, from which autograd converts."""
+    expected = torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float32
     x, dy = torch.randn(2, 4, 6, 8, dtype=torch.bfloat16)
     weights = {size: torch.ones(size, dtype=weight_dtype) for size in (6, 8)}
     ops, parameters = torch.ops.normops, [True, True, True, False]  # and no residual
@@ -106,7 +108,7 @@ def test_gradients_are_written_in_the_dtype_of_the_weight(weight_dtype):
         rows = ops._row_norm_backward(dy, x, 1, mean, rstd, weights[8], 1e-5, True, parameters)[:3]
         _, mean, var = ops._channel_norm(x, None, None, weights[6], None, 2, False, 1e-5)
         channels = ops._channel_norm_backward(dy, x, mean, var, weights[6], 2, False, 1e-5, True, parameters)[:3]
-    assert [gradient.dtype for gradient in (*rows, *channels)] == 2 * [torch.bfloat16, weight_dtype, weight_dtype]
+    assert [gradient.dtype for gradient in (*rows, *channels)] == 2 * [torch.bfloat16, expected, expected]
 
 
 def run_tests(files, selection, variant="plain", **environment):

@@ -59,8 +59,14 @@ class AdaLayerNorm(_Adaptive, torch.nn.LayerNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-        super().__init__(normalized_shape, eps, elementwise_affine=False, weight_offset=weight_offset, **options)
+        super().__init__(
+            normalized_shape,
+            eps,
+            elementwise_affine=False,
+            weight_offset=weight_offset,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
@@ -91,8 +97,14 @@ class AdaRMSNorm(_Adaptive, torch.nn.RMSNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-        super().__init__(normalized_shape, eps, elementwise_affine=False, weight_offset=weight_offset, **options)
+        super().__init__(
+            normalized_shape,
+            eps,
+            elementwise_affine=False,
+            weight_offset=weight_offset,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None
@@ -194,8 +206,15 @@ class AdaGroupNorm(_Adaptive, torch.nn.GroupNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
-        options: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-        super().__init__(num_groups, num_channels, eps, affine=False, weight_offset=weight_offset, **options)
+        super().__init__(
+            num_groups,
+            num_channels,
+            eps,
+            affine=False,
+            weight_offset=weight_offset,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, mask: torch.Tensor | None = None

@@ -82,12 +82,14 @@ class LazyLayerNorm(_LazyRows, LayerNorm):
         negative_slope: float = 0.01,
         memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": negative_slope,
-            "memory_efficient": memory_efficient,
-        }
-        super().__init__((0,) * ndim, eps, False, **options)
+        super().__init__(
+            (0,) * ndim,
+            eps,
+            False,
+            activation=activation,
+            negative_slope=negative_slope,
+            memory_efficient=memory_efficient,
+        )
         self._be_lazy(ndim, elementwise_affine, ("weight", "bias")[: 1 + bias], device, dtype)
 
 
@@ -117,12 +119,14 @@ class LazyRMSNorm(_LazyRows, RMSNorm):
         negative_slope: float = 0.01,
         memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": negative_slope,
-            "memory_efficient": memory_efficient,
-        }
-        super().__init__((0,) * ndim, eps, False, **options)
+        super().__init__(
+            (0,) * ndim,
+            eps,
+            False,
+            activation=activation,
+            negative_slope=negative_slope,
+            memory_efficient=memory_efficient,
+        )
         self._be_lazy(ndim, elementwise_affine, ("weight",), device, dtype)
 
 
@@ -148,12 +152,9 @@ class LazyLayerNorm2d(_Lazy, LayerNorm2d):
         negative_slope: float = 0.01,
         memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": negative_slope,
-            "memory_efficient": memory_efficient,
-        }
-        super().__init__(0, eps, False, **options)
+        super().__init__(
+            0, eps, False, activation=activation, negative_slope=negative_slope, memory_efficient=memory_efficient
+        )
         self.elementwise_affine = elementwise_affine
         if elementwise_affine:
             self._wait_for(("weight", "bias")[: 1 + bias], device, dtype)
@@ -191,12 +192,15 @@ class LazyGroupNorm(_Lazy, GroupNorm):
         negative_slope: float = 0.01,
         memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": negative_slope,
-            "memory_efficient": memory_efficient,
-        }
-        super().__init__(num_groups, 0, eps, False, **options)
+        super().__init__(
+            num_groups,
+            0,
+            eps,
+            False,
+            activation=activation,
+            negative_slope=negative_slope,
+            memory_efficient=memory_efficient,
+        )
         self.affine = affine
         if affine:
             self._wait_for(("weight", "bias"), device, dtype)

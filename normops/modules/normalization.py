@@ -1,7 +1,5 @@
 """LayerNorm, RMSNorm and GroupNorm, the row layers over channels, and those of a sum."""
 
-from typing import Any
-
 import torch
 
 from normops import functional as F
@@ -69,12 +67,17 @@ class _LayerNormOverChannels(_OverChannels, LayerNorm):
         negative_slope: float = 0.01,
         memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": negative_slope,
-            "memory_efficient": memory_efficient,
-        }
-        super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype, **options)
+        super().__init__(
+            num_channels,
+            eps,
+            elementwise_affine,
+            bias,
+            device,
+            dtype,
+            activation=activation,
+            negative_slope=negative_slope,
+            memory_efficient=memory_efficient,
+        )
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         self._check(input)
@@ -174,12 +177,16 @@ class RMSNorm2d(_OverChannels, RMSNorm):
         negative_slope: float = 0.01,
         memory_efficient: bool = False,
     ) -> None:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "negative_slope": negative_slope,
-            "memory_efficient": memory_efficient,
-        }
-        super().__init__(num_channels, eps, elementwise_affine, device, dtype, **options)
+        super().__init__(
+            num_channels,
+            eps,
+            elementwise_affine,
+            device,
+            dtype,
+            activation=activation,
+            negative_slope=negative_slope,
+            memory_efficient=memory_efficient,
+        )
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         self._check(x)

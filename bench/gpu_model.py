@@ -59,9 +59,9 @@ CARDS = [
 # has just read.
 PASSES = {kernel: passes for kernel, passes in traffic_table.passes().items() if passes[0]}
 
-# How often torch's kernels read and write them, forward and backward, as its source has it: statistics, then the
-# output; the sums for the parameters, the sums for dx, then dx, of which LayerNorm's last two are one kernel that reads
-# twice. A cache may answer what is read again.
+# How often torch's kernels read and write them, forward and backward, as far as is known, which has been neither read
+# up nor measured: statistics, then the output; the sums for the parameters, the sums for dx, then dx, of which
+# LayerNorm's last two are one kernel that reads twice. A cache may answer what is read again.
 TORCH = {
     "layer_norm": (3, 7),
     "rms_norm": (3, 7),
@@ -165,7 +165,7 @@ def main():
     arguments = parser.parse_args()
     table, rows = resources.read(), []
     print("**A prediction, made without a card.**\n")
-    print("Moved: how often tensors of the input's size go over memory at the least, here, in torch's kernels.\n")
+    print("Moved: how often tensors of the input's size go over memory: at the least, here, in torch (assumed).\n")
     print("| card | case | pass | MB | launches | moved | predicted µs | over floor | limits |")
     print("|---|---|---|---|---|---|---|---|---|")
     for card in CARDS:

@@ -544,6 +544,7 @@ def add_rms_norm(
     return _call(_add_rms_norm, input, residual, normalized_shape, weight, eps, **extras)
 
 
-# In TorchScript a call of one of these functions is a call of the operator.
+# In TorchScript a call of one of these functions is a call of the operator, where it is one.
 for _name in __all__:
-    torch.jit._builtins._register_builtin(globals()[_name], f"normops::{_name}")
+    if hasattr(torch.ops.normops, _name):
+        torch.jit._builtins._register_builtin(globals()[_name], f"normops::{_name}")

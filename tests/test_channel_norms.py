@@ -203,8 +203,7 @@ def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("mode", ["auto", "decompose"])
+@pytest.mark.parametrize(("mode", "dynamic"), [("auto", True), ("decompose", False)], ids=str)
 @each_memory_format
 @each_case
 def test_compile(case, memory_format, mode, dynamic, device):

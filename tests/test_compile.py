@@ -53,8 +53,11 @@ def private_calls(case, sample):
     return "_channel_norm", forward, backward
 
 
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "differentiable"])
-@pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, True, True)], ids=str)
+@pytest.mark.parametrize(
+    ("mask", "requires_grad"),
+    [((True, True, True), True), ((True, False, False), False), ((False, True, True), False)],
+    ids=["differentiable", "input", "parameters"],
+)
 @each_case
 def test_opcheck_of_private_operators(case, mask, requires_grad, device):
     sample = case.sample(device=device)

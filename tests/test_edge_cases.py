@@ -73,8 +73,9 @@ def test_ones(case, memory_format, shape, device):
 @each_dtype
 @each_case
 def test_widths(case, dtype, device):
-    """Rows, positions and channels of every length up to some vectors: every remainder of every vector width."""
-    for size in range(1, 131):
+    """Rows, positions and channels of any length up to some vectors: every remainder of every vector width, of 32
+    elements at most, with none, one and some vectors before it."""
+    for size in (*range(1, 67), 95, 96, 97, *range(126, 131)):
         check(case.sample(case.enough((3, 2, 1, size)), dtype, device=device))
         if not case.row_dims:
             sample = case.sample((2, size, 1, 3), dtype, device=device)

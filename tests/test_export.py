@@ -165,6 +165,7 @@ def test_inductor_fuses_what_is_decomposed(device):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
 @pytest.mark.parametrize("name", MODELS)
@@ -211,7 +212,10 @@ assert ("normops" in sys.modules) == bool("{imports}")
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize(("mode", "imports"), [("kernel", "import normops"), ("decompose", "")])
+@pytest.mark.parametrize(
+    ("mode", "imports"),
+    [("kernel", "import normops"), pytest.param("decompose", "", marks=pytest.mark.nightly)],
+)
 def test_aot_inductor(mode, imports, tmp_path, device):
     """A package runs in a fresh process: with normops imported if it calls the kernels, without it if decomposed."""
     model = pair(every_layer, device=device)[1].eval()

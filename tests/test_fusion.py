@@ -364,9 +364,8 @@ def test_fake_tensors_lie_as_real_ones(case, layout, residual, device):
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("residual", "dynamic"), [(False, False), (True, True)], ids=["static", "residual-dynamic"])
 @pytest.mark.parametrize("mode", ["kernel", "decompose"])
-@each_residual
 @few_cases
 def test_compile(case, residual, mode, dynamic, device):
     sample = fused(case, "silu", residual, device=device)

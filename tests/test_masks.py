@@ -358,8 +358,7 @@ def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("mode", ["auto", "kernel", "decompose"])
+@pytest.mark.parametrize(("mode", "dynamic"), [("auto", False), ("kernel", True), ("decompose", False)], ids=str)
 @few_cases
 def test_compile(case, mode, dynamic, device):
     sample = masked(case, "lengths", device=device, activation="silu", residual=True)

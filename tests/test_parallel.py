@@ -68,10 +68,10 @@ def test_instruction_set_in_use():
 
 @pytest.mark.parametrize("name", [n for n in BUILD_INFO["instruction_sets"].split() if n != _C.instruction_set()])
 def test_other_instruction_sets(name):
-    """The kernels not in use here pass the tests of numbers, sizes, layouts and dtypes in a process of their own."""
+    """The kernels not in use here pass the tests of numbers, sizes and dtypes in a process of their own."""
     if ORDER.index(name) > ORDER.index(best_instruction_set()):
         pytest.skip(f"the processor lacks {name}")
-    files = [TESTS / f"test_{what}.py" for what in ("forward", "backward", "layouts", "dtypes", "edge_cases")]
+    files = [TESTS / f"test_{what}.py" for what in ("forward", "backward", "dtypes", "edge_cases")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not emulated", *files],
         # One thread: sharing work is the same code for all, and has its own tests.

@@ -221,8 +221,7 @@ def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("mode", ["kernel", "decompose"])
+@pytest.mark.parametrize(("mode", "dynamic"), [("kernel", True), ("decompose", False)], ids=str)
 @few_cases
 def test_compile(case, mode, dynamic, device):
     sample = varying(case, activation="silu", residual=True, device=device)

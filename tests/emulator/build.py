@@ -60,10 +60,11 @@ def build(name, kernels, others=(), variant="plain", torch=False):
     own = ("device", "emulator", "interface", "messages", "traffic")
     sources = {HERE / f"{name}.cpp": [*flags, *for_emulator] for name in own}
     sources |= {Path(path): [*flags, CHECKS, *for_kernels, "-x c++"] for path in kernels}
-    sources |= {Path(path): flags for path in others}
-
     folder = ROOT / "build" / "emulator" / f"{name}-{variant}"
     folder.mkdir(parents=True, exist_ok=True)
+    if others:  # as one file, since torch's headers take longer to read than any of them
+        together, includes = folder / "others.cpp", "".join(f'#include "{path}"\n' for path in others)
+        sources[together] = flags
     library = folder / f"{name}.so"
     rules, objects = [RULES.format(cxx=CXX)], []
     for source, options in sources.items():
@@ -74,6 +75,8 @@ def build(name, kernels, others=(), variant="plain", torch=False):
 
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if others and (not together.exists() or together.read_text() != includes):
+            together.write_text(includes)
         (folder / "build.ninja").write_text("\n".join(rules))
         ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         done = subprocess.run([*ninja, "-C", str(folder)], capture_output=True, text=True)

@@ -120,19 +120,22 @@ def run_tests(files, selection, variant="plain", **environment):
     assert "CUDA kernels" in done.stdout and "Sanitizer" not in done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_what_is_moved():
     """The table of bytes in CONTRIBUTING.md, and the record that predictions are made from."""
     done = run_python("plain", "-m", "emulator.traffic_table", NORMOPS_EMULATOR_VARIANT="counting")
     assert done.returncode == 0, done.stderr[-5000:]
 
 
-# Each layer forward and backward, contiguous and channels_last. Building the kernels for a sanitizer takes a minute.
-@pytest.mark.parametrize("variant", ["asan", pytest.param("tsan", marks=pytest.mark.nightly)])
+# Each layer forward and backward, contiguous and channels_last. Building the kernels for a sanitizer takes minutes; the
+# toys are run with both on every commit.
+@pytest.mark.nightly
+@pytest.mark.parametrize("variant", ["asan", "tsan"])
 def test_sanitizers_find_nothing(variant):
     run_tests(["backward", "dtypes"], "input-weight-bias or (test_channels_last and bfloat16)", variant)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86"])
+@pytest.mark.parametrize("architecture", ["sm_80", pytest.param("sm_86", marks=pytest.mark.nightly)])
 def test_older_architectures(architecture):
     """There a block has less shared memory, and there are no clusters."""
     selection = "input-weight-bias or test_chunks or test_channels_last_segments or (test_long_rows and bfloat16)"

@@ -204,6 +204,14 @@ FAULTS = [
         "test_func.py test_masks.py -k 'not emulated'",
     ),
     Fault(
+        "running_with_own_parameters",
+        "case left out",
+        "csrc/autograd/channel.cpp",
+        "    move_running_stats({*running_mean, *running_var, momentum}, input, mean, var);\n",
+        "",
+        "test_varying_parameters.py -k 'running and not emulated'",
+    ),
+    Fault(
         "curvature_of_the_mean",
         "swapped sign",
         "csrc/autograd/composition.cpp",

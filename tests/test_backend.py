@@ -264,6 +264,17 @@ def test_broadcast_sum():
     left(model, torch.randn(X), "batch_norm + add", "shapes not known to be equal", ["batch_norm"])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_broadcast_sum_before_the_norm(first):
+    """Whichever of the two is broadcast."""
+
+    def forward(self, x):
+        few = torch.relu(x[:1])
+        return self.norm(few + x if first else x + few)
+
+    left(Net(forward, norm=nn.LayerNorm(X[-1])), torch.randn(X), "add + layer_norm", "shapes not known", ["layer_norm"])
+
+
 def test_promoted_sum():
     model = Net(lambda self, x: torch.relu(self.norm(x) + x.double()).float(), norm=nn.BatchNorm2d(6))
     left(model, torch.randn(X), "batch_norm + add", "dtypes torch.float32 and torch.float64", ["batch_norm"])

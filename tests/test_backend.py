@@ -151,6 +151,12 @@ def test_norm_add():
     assert whats(compared(model, torch.randn(X))) == ["batch_norm + add"]
 
 
+def test_sum_with_itself():
+    """Which is no residual."""
+    model = Net(lambda self, x: torch.relu((y := self.norm(x)) + y), norm=nn.BatchNorm2d(6))
+    assert whats(compared(model, torch.randn(X))) == ["batch_norm"]
+
+
 def test_residual_after_the_norm():
     """A residual that is computed later: a convolution, and, as in a ResNet, another norm."""
     model = Net(lambda self, x: TF.relu(self.norm(x) + self.conv(x)), norm=nn.BatchNorm2d(6), conv=conv())

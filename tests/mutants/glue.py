@@ -57,7 +57,7 @@ FAULTS = [
         "csrc/cpu/channel.cpp",
         "std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel())",
         "std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel() - 1)",
-        "test_masks.py -k '(equals_layer or one_valid or running) and not emulated'",
+        "test_masks.py -k '(equals_layer or shapes) and not emulated'",
     ),
     Fault(
         "first_group_of_every_row",
@@ -113,7 +113,7 @@ FAULTS = [
         "csrc/cpu/row.cpp",
         "length % kernel.pack_size == 0 && offset == 0) return;",
         "length % kernel.pack_size == 0) return;",
-        "test_fusion.py -k 'offset and not emulated'",
+        "test_fusion.py -k 'weight_offset and not emulated'",
     ),
     Fault(
         "groups_of_a_slice",
@@ -185,7 +185,7 @@ FAULTS = [
         "csrc/autograd/channel.cpp",
         "save_mask(ctx, {!defined(given_mean), defined(bias), defined(residual)});",
         "save_mask(ctx, {!defined(given_mean), defined(residual), defined(bias)});",
-        "test_fusion.py -k 'residual and not emulated'",
+        "test_backward.py -k 'not emulated'",
     ),
     Fault(
         "evaluation_differentiated_twice",
@@ -193,7 +193,7 @@ FAULTS = [
         "csrc/autograd/channel.cpp",
         "input_stats ? none : saved[3], input_stats ? none : saved[4]);",
         "none, none);",
-        "test_gradients.py -k 'not emulated'",
+        "test_gradients.py -k 'gradcheck and not emulated'",
     ),
     Fault(
         "count_over_the_batch",

@@ -8,6 +8,7 @@
 # make gpu      builds, tests and measures on the card at hand
 # make dist     a source archive and a wheel, installed and tried
 # make test-torches    builds and tests with every torch from 2.11 on; takes an hour and 20 GB
+# make mutants  plants small faults, one at a time, which the tests have to catch; takes an hour
 # make nightly  what is too much for every commit
 #
 # All set up everything they need in a virtual environment first; a second run rebuilds only what changed.
@@ -21,6 +22,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BENCH_ARGS ?=
 TEST_ARGS ?=
+MUTANTS ?=
 
 ifeq ($(strip $(VENV)),)
 RUN := $(PYTHON)
@@ -34,7 +36,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-models docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist mutants nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -128,12 +130,17 @@ TORCHES ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 test-torches:
 	$(PYTHON) tests/torches.py $(TORCHES)
 
+# All faults, or those that MUTANTS names; MUTANTS="5 3f2a" draws five by a seed, such as the hash of a commit.
+mutants: build
+	$(RUN) -m tests.mutants $(MUTANTS)
+
 # All architectures, all instruction sets, another order of the tests, other numbers of threads.
 nightly: build package dist
 	$(MAKE) cuda CUDA_ARCHITECTURES="8.0 8.6 9.0 10.0 12.0"
 	for set in default avx2; do ATEN_CPU_CAPABILITY=$$set $(RUN) -m pytest -n auto -k "not emulated" --ignore=tests/emulator || exit; done
 	for threads in 1 3; do OMP_NUM_THREADS=$$threads $(RUN) -m pytest -p randomly -k "not emulated" --ignore=tests/emulator || exit; done
 	$(RUN) -m pytest -m nightly
+	$(MAKE) mutants
 	$(MAKE) test-models
 
 clean:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
 
 import normops
-from normops import _C
+from normops import _C, acceleration
 
 F = torch.nn.functional
 ATEN = torch.ops.aten
@@ -437,6 +439,24 @@ def test_nesting_and_switch():
     assert not on_engines(call)
     normops.accelerate(False)
     assert not on_engines(call)
+
+
+def test_switch_in_several_threads(monkeypatch):
+    """It is turned once, even if a thread comes to it while another is turning it."""
+    turned = []
+
+    def turn(on):
+        time.sleep(0.05)  # the others come
+        turned.append(on)
+
+    monkeypatch.setattr(acceleration, "_C", SimpleNamespace(accelerate=turn))
+    threads = [threading.Thread(target=normops.accelerate, args=(True,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    normops.accelerate(False)
+    assert turned == [True, False]
 
 
 def test_decorator_and_reuse():

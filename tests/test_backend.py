@@ -151,6 +151,12 @@ def test_norm_add():
     assert whats(compared(model, torch.randn(X))) == ["batch_norm + add"]
 
 
+def test_sum_with_itself():
+    """Which is no residual."""
+    model = Net(lambda self, x: torch.relu((y := self.norm(x)) + y), norm=nn.BatchNorm2d(6))
+    assert whats(compared(model, torch.randn(X))) == ["batch_norm"]
+
+
 def test_residual_after_the_norm():
     """A residual that is computed later: a convolution, and, as in a ResNet, another norm."""
     model = Net(lambda self, x: TF.relu(self.norm(x) + self.conv(x)), norm=nn.BatchNorm2d(6), conv=conv())
@@ -262,6 +268,17 @@ def test_several_users():
 def test_broadcast_sum():
     model = Net(lambda self, x: torch.relu(self.norm(x) + x[:1]), norm=nn.BatchNorm2d(6))
     left(model, torch.randn(X), "batch_norm + add", "shapes not known to be equal", ["batch_norm"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_broadcast_sum_before_the_norm(first):
+    """Whichever of the two is broadcast."""
+
+    def forward(self, x):
+        few = torch.relu(x[:1])
+        return self.norm(few + x if first else x + few)
+
+    left(Net(forward, norm=nn.LayerNorm(X[-1])), torch.randn(X), "add + layer_norm", "shapes not known", ["layer_norm"])
 
 
 def test_promoted_sum():

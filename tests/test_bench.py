@@ -423,6 +423,42 @@ class TestTurns:
         assert timing.agrees and timing.rounds == 2
 
 
+COPIES = {
+    "layer_norm": (1, 1.5),
+    "batch_norm_relu": (1, 1.5),
+    "batch_norm_add_relu": (1.5, 2.5),
+    "add_rms_norm": (2, 2),
+}
+
+
+@pytest.mark.parametrize("layer", COPIES)
+def test_ratios_and_floors_of_a_case(layer, monkeypatch):
+    """What is compared with what, where the times are known: torch with normops, and both with copies of the input."""
+    shape = (2, 32, 5, 5) if layer.startswith("batch") else (3, 32)
+    case = Case(layer, shape, "float32", "contiguous", "cpu")
+    x, dy = case.make_data()
+    seconds = {
+        "torch forward": 6.0,
+        "normops forward": 3.0,
+        "floor": 2.0,
+        "torch backward": 24.0,
+        "normops backward": 8.0,
+    }
+    called = {}
+
+    def turns(calls, flush):
+        called.update(calls)
+        return lambda number: {}
+
+    monkeypatch.setattr(Case, "make_data", lambda case: (x, dy))
+    monkeypatch.setattr("bench.measure.cold_turns", turns)
+    monkeypatch.setattr("bench.measure.collect", lambda *_: Rounds({name: [one] * 3 for name, one in seconds.items()}))
+    (timing,) = time_case(case, [HEADLINE], How())
+    assert called.keys() == seconds.keys() and called["floor"]().equal(x)
+    assert (timing.forward.speedup, timing.backward.speedup) == (2, 3)
+    assert (timing.forward.floor, timing.backward.floor) == tuple(2 * copies for copies in COPIES[layer])
+
+
 def test_command_line_says_what_is_wrong(tmp_path, capsys):
     old = tmp_path / "old.json"
     old.write_text(json.dumps({"environment": {}, "timings": []}))

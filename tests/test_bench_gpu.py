@@ -95,6 +95,26 @@ def test_benchmark(card, tmp_path, monkeypatch, capsys):
     assert f"{len(CASES)} of {len(CASES)} cases" in capsys.readouterr().out
 
 
+def test_figures(card):
+    """Of a call of known length: what it moves in a second, and how much that is of what a copy moves."""
+    stopwatch = SimpleNamespace(stream=None, device_seconds=lambda call: (1e-3, True), host_seconds=lambda call: 2e-6)
+    result = gpu.measure(CASES[0], stopwatch, bandwidth=1e8)
+    tensor = 64 * 128 * 2  # bytes
+    for what, moved in (("forward", 2 * tensor), ("backward", 3 * tensor)):
+        row = result["implementations"]["normops"][what]
+        assert (row["us"], row["host_us"]) == (pytest.approx(1e3), pytest.approx(2))
+        assert row["gb_s"] == pytest.approx(moved / 1e-3 / 1e9)
+        assert row["share_of_copy"] == pytest.approx(moved / 1e-3 / 1e8)
+
+
+def test_means():
+    """Above one, normops is faster."""
+    slow, fast = ({what: {"us": us} for what in ("forward", "backward")} for us in (8.0, 2.0))
+    assert gpu.means([{"implementations": {"torch": slow, "normops": fast}}] * 2) == [
+        f"torch / normops {what}: 4.00 over 2 cases, least 4.00" for what in ("forward", "backward")
+    ]
+
+
 def test_benchmark_that_is_cut_short(card, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path), "--seconds", "0"])
     assert gpu.main() == 0

@@ -220,6 +220,13 @@ def test_large_mean(case, shape, memory_format, mean, device):
     check(sample.with_input(large), allowed=1e-5)
 
 
+@each_row_case
+def test_large_mean_of_long_rows(case, device):
+    """Which on CUDA have a backward of their own."""
+    sample = case.sample((3, 1, 1, 16385), device=device)
+    check(sample.with_input(sample.input.detach() + 1e4), allowed=1e-5)
+
+
 @pytest.mark.parametrize("mean", [1e4, 1e6])
 @each_case
 def test_large_mean_of_each_channel(case, mean, device):

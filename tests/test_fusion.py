@@ -102,9 +102,11 @@ def test_shapes(case, residual, shape, device):
     check(fused(case, "silu", residual, case.enough(shape), device=device))
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (2, 6, 4, 32)], ids=["tails", "whole"])
 @each_row_case
-def test_weight_offset(case, device):
-    sample = case.sample(device=device)
+def test_weight_offset(case, shape, device):
+    """Of rows that are whole registers as well, whose weight would be read where it lies."""
+    sample = case.sample(shape, device=device)
     sample.fixed["weight_offset"] = 1.0
     check(sample)
     sample.fixed |= {"activation": "gelu"}

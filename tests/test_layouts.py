@@ -74,3 +74,13 @@ def test_parameters_of_any_strides(case, device):
         strided = torch.stack([parameter.detach(), torch.zeros_like(parameter)], -1)[..., 0]
         sample.parameters[name] = strided.requires_grad_()
     check(sample)
+
+
+@each_case
+def test_parameters_that_begin_anywhere(case, device):
+    """A slice need not lie on the boundaries that vectors are read at, though the input does."""
+    sample = case.sample((2, 6, 4, 8), device=device)
+    for name, parameter in sample.parameters.items():
+        longer = torch.nn.functional.pad(parameter.detach().flatten(), (1, 0))
+        sample.parameters[name] = longer[1:].view_as(parameter).requires_grad_()
+    check(sample)

@@ -300,6 +300,18 @@ def test_nothing_valid(op, device):
     assert not F.group_norm(x, 2, mask=mask, eps=0.0).any()
 
 
+def test_nothing_valid_in_the_first_samples(device):
+    """Statistics are joined from sample to sample, and those of nothing with nothing are nothing."""
+    x = torch.randn(5, 6, 7, device=device)
+    mask = torch.ones(5, 7, dtype=torch.bool, device=device)
+    mask[:3] = False
+    running = [[torch.zeros(6, device=device), torch.ones(6, device=device)] for _ in range(2)]
+    y = F.batch_norm(x, *running[0], training=True, mask=mask)
+    torch.testing.assert_close(y[3:], F.batch_norm(x[3:], *running[1], training=True))
+    torch.testing.assert_close(*running)
+    assert not y[:3].any()
+
+
 # compile
 
 

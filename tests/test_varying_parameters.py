@@ -328,3 +328,16 @@ def test_errors_of_rows(op, name):
         assert f"got {shape}" in str(raised.value)
     with pytest.raises(ValueError, match="weight and bias that differ along the same dimensions of input, got shapes"):
         getattr(F, op)(X, (7,), weight=torch.ones(4, 1, 1, 7), bias=torch.ones(1, 6, 1, 7))
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_running_statistics(op, device):
+    """They are moved as where all samples share their parameters."""
+    x, parameters = torch.randn(4, 6, 5, device=device), torch.randn(4, 6, device=device)
+    moved = []
+    for own in (parameters[0], parameters):
+        running = torch.zeros(6, device=device), torch.ones(6, device=device)
+        getattr(F, op)(x, *running, own, own, True, 0.3)
+        moved.append(running)
+    torch.testing.assert_close(*moved)
+    assert moved[0][0].abs().min() > 0

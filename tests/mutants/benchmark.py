@@ -1,0 +1,86 @@
+"""Faults in bench/: a benchmark that lies is as bad as a kernel that does."""
+
+from . import Fault
+
+FAULTS = [
+    Fault(
+        "ratio_upside_down",
+        "wrong ratio",
+        "bench/measure.py",
+        "return cls(theirs, ours, theirs / ours, (low, high), error, floor)",
+        "return cls(theirs, ours, ours / theirs, (low, high), error, floor)",
+        "test_bench.py -k 'Comparison'",
+    ),
+    Fault(
+        "means_for_medians",
+        "medians",
+        "bench/measure.py",
+        "theirs, ours = statistics.median(torch_times), statistics.median(normops_times)",
+        "theirs, ours = statistics.fmean(torch_times), statistics.fmean(normops_times)",
+        "test_bench.py -k 'Comparison'",
+    ),
+    Fault(
+        "floor_of_the_gradient",
+        "wrong floor",
+        "bench/measure.py",
+        '"floor": x.clone if how.floor == "clone"',
+        '"floor": dy.clone if how.floor == "clone"',
+        "test_bench.py -k 'floors'",
+    ),
+    Fault(
+        "floor_of_one_copy",
+        "wrong floor",
+        "bench/measure.py",
+        'rounds.times[f"normops {name}"], copies * one_copy)',
+        'rounds.times[f"normops {name}"], one_copy)',
+        "test_bench.py -k 'floors'",
+    ),
+    Fault(
+        "warm_for_cold",
+        "wrong regime",
+        "bench/measure.py",
+        "            flush()\n",
+        "",
+        "test_bench.py -k 'order'",
+    ),
+    Fault(
+        "copies_of_a_sum",
+        "wrong floor",
+        "bench/fused.py",
+        'return (1.5, 2.5) if "_add_" in layer else (1.0, 1.5)',
+        "return 1.0, 1.5",
+        "test_bench.py -k 'floors'",
+    ),
+    Fault(
+        "doubtful_taken_for_sure",
+        "case left out",
+        "bench/results.py",
+        "return [timing for timing in timings if not timing.doubts]",
+        "return list(timings)",
+        "test_bench.py -k 'TestDoubtful or left_out or doubt'",
+    ),
+    Fault(
+        "reference_in_single_precision",
+        "cast left out",
+        "bench/exactness.py",
+        "exact = results(compose, torch.float64)",
+        "exact = results(compose, torch.float32)",
+        "test_bench_accuracy.py",
+    ),
+    Fault(
+        "gpu_ratio_upside_down",
+        "wrong ratio",
+        "bench/gpu.py",
+        'rows[rival][what]["us"] / rows["normops"][what]["us"]',
+        'rows["normops"][what]["us"] / rows[rival][what]["us"]',
+        "test_bench_gpu.py",
+    ),
+    Fault(
+        "gpu_traffic_of_the_forward",
+        "wrong floor",
+        "bench/gpu.py",
+        "rate = traffic * x.numel() * x.element_size() / seconds",
+        "rate = TRAFFIC[0] * x.numel() * x.element_size() / seconds",
+        "test_bench_gpu.py",
+    ),
+]

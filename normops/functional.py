@@ -33,8 +33,8 @@ compiled code it is not noticed), and one without any is as if it were not there
 broadcast to the input's, :math:`(N, 1, D)` above all. One of the two may have its plain shape. Neither they nor their
 gradients, which have their shapes, are ever made as large as the input.
 
-Nested tensors (``torch.jagged``) are normalized without padding: rows by the row layers, and by :func:`batch_norm` and
-:func:`instance_norm` what is :math:`(N, C, *)` with the ragged dimension behind the channels.
+Nested tensors (``torch.jagged``) are normalized as if there were no padding: rows by the row layers, and by all others
+what is :math:`(N, C, *)` with the ragged dimension behind the channels (``x.transpose(1, 2)`` of :math:`(N, j, C)`).
 
 .. _memory-efficient:
 

@@ -1,7 +1,7 @@
 """Nested tensors (``torch.jagged``): the layers of what is in them, without padding.
 
-Their values lie side by side, so rows are rows, and a batch of sequences is, to BatchNorm, one long sequence.
-InstanceNorm has its sequences padded, with a mask.
+Their values lie side by side, so rows are rows, and a batch of sequences is, to BatchNorm and to the layers over
+channels, one long sequence. InstanceNorm, GroupNorm and parameters of samples have sequences padded, with a mask.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,20 @@ def run(name: str, function: Callable[..., Any], input: Any, *args: Any, **extra
         raise ValueError(
             f"{name}: expected a nested tensor of layout torch.jagged, with one ragged dimension, got {input.layout}"
         )
-    if name in _ROWS:
-        run_on = _rows
-    elif name == "batch_norm":
-        run_on = _batch
-    elif name == "instance_norm":
-        run_on = _samples
-    else:
-        raise NotImplementedError(f"{name}: expected input with strided layout, got {input.layout}")
     if extras.get("mask") is not None:
         raise ValueError(f"{name}: expected no mask with a nested tensor, which has no padding, got one")
     if input.lengths() is not None:
         input = input.contiguous()
+    run_on = _rows if name in _ROWS else _samples if _knows_samples(name, *args) else _joined
     return run_on(name, function, input, *args, **extras)
+
+
+def _knows_samples(name: str, *args: Any) -> bool:
+    """Whether it makes a difference which sample a position belongs to."""
+    if name == "batch_norm":
+        _, _, weight, bias, *_ = args
+        return any(isinstance(parameter, Tensor) and parameter.dim() > 1 for parameter in (weight, bias))
+    return name in ("instance_norm", "group_norm")
 
 
 def _ragged(input: Any) -> int:
@@ -84,7 +85,7 @@ def _check_channels_are_even(name: str, input: Any) -> None:
         )
 
 
-def _batch(name: str, function: Callable[..., Any], input: Any, *args: Any, **extras: Any) -> Tensor:
+def _joined(name: str, function: Callable[..., Any], input: Any, *args: Any, **extras: Any) -> Tensor:
     _check_channels_are_even(name, input)
     ragged = _ragged(input)
     if extras.get("residual") is not None:

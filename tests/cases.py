@@ -116,6 +116,11 @@ CASES = [
     Case("rms_norm_1d", "rms_norm", parameter_names=("weight",), row_dims=1),
     Case("rms_norm_2d", "rms_norm", {"eps": 1e-5}, parameter_names=("weight",), row_dims=2),
 ]
+# LayerNorm2d and its kin, which torch does not have.
+OVER_CHANNELS = [
+    Case("layer_norm", "channel_layer_norm"),
+    Case("rms_norm", "channel_rms_norm", {"eps": 1e-5}, parameter_names=("weight",)),
+]
 
 
 def each(cases):

@@ -137,3 +137,18 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, frozen=False, weigh
     dims = tuple(range(-len(normalized_shape), 0))
     x = _standardized(input.double(), dims, eps, centered=False, frozen=frozen)
     return _finished(_affine(x, _moved(weight, weight_offset), bias), **extras)
+
+
+def _over_channels(function):
+    """The layer of rows over dimension 1."""
+
+    def over_channels(input, *args, residual=None, **kwargs):
+        residual = None if residual is None else residual.movedim(1, -1)
+        rows = input.movedim(1, -1)
+        return function(rows, rows.shape[-1:], *args, residual=residual, **kwargs).movedim(-1, 1)
+
+    return over_channels
+
+
+channel_layer_norm = _over_channels(layer_norm)
+channel_rms_norm = _over_channels(rms_norm)

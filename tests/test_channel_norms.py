@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from cases import SHAPE, Case, each, each_dtype
+from cases import OVER_CHANNELS, SHAPE, each, each_dtype
 from comparison import check
 from fusion_cases import extras, laid_out
 from layouts import LAYOUTS, each_layout, each_memory_format
@@ -16,31 +16,11 @@ import normops.functional as F
 OPS = torch.ops.normops
 
 
-class ChannelCase(Case):
-    def parameter_shape(self, shape):
-        return tuple(shape[1:2])
-
-
-CASES = [
-    ChannelCase("layer_norm", "channel_layer_norm"),
-    ChannelCase("rms_norm", "channel_rms_norm", {"eps": 1e-5}, parameter_names=("weight",)),
-]
-each_case = each(CASES)
-
-
-def moved(function):
-    def over_channels(input, *args, residual=None, **kwargs):
-        residual = None if residual is None else residual.movedim(1, -1)
-        rows = input.movedim(1, -1)
-        return function(rows, rows.shape[-1:], *args, residual=residual, **kwargs).movedim(-1, 1)
-
-    return over_channels
+each_case = each(OVER_CHANNELS)
 
 
 @pytest.fixture(autouse=True)
-def references(monkeypatch):
-    monkeypatch.setattr(reference, "channel_layer_norm", moved(reference.layer_norm), raising=False)
-    monkeypatch.setattr(reference, "channel_rms_norm", moved(reference.rms_norm), raising=False)
+def forget_compiled_code():
     torch._dynamo.reset()
 
 

@@ -4,13 +4,13 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as TF
-from cases import CASES, SHAPE, each
+from cases import CASES, OVER_CHANNELS, SHAPE, each
 from layouts import each_memory_format
 
 import normops.functional as F
 
 FEW = ["batch_norm_training", "instance_norm", "group_norm_3", "layer_norm_1d", "layer_norm_2d", "rms_norm_1d"]
-few_cases = each([case for case in CASES if case.name in FEW])
+few_cases = each([case for case in CASES if case.name in FEW] + OVER_CHANNELS)
 # Sizes of the elements, and eps: what is large overflows when squared, and what is small vanishes.
 SIZES = [(3e20, 1e-5), (1e19, 1e-5), (1e30, 1e-5), (1e-30, 0.0), (1e-25, 1e-50)]
 each_size = pytest.mark.parametrize("size, eps", SIZES, ids=lambda value: f"{value:g}")
@@ -47,12 +47,14 @@ def test_equals_reference(case, size, eps, memory_format, dtype, activation):
 @each_memory_format
 @few_cases
 def test_others_keep_their_bits(case, memory_format):
-    """A sample or channel of extremes, of infinities or of NaN is the business of its own statistics."""
+    """A sample, channel or position of extremes, of infinities or of NaN is the business of its own statistics."""
     for size in (3e20, torch.inf, torch.nan):
         plain = case.sample()
         plain = plain.with_input(plain.input.detach().contiguous(memory_format=memory_format))
         x = plain.input.detach().clone()
         where = (slice(None), 1) if case.over_batch else (1, 1) if case.op == "instance_norm" else 1
+        if case in OVER_CHANNELS:
+            where = (1, slice(None), 2, 3)
         x[where] *= size
         if size == torch.inf:
             x[where] = torch.where(torch.rand_like(x[where]) < 0.5, x[where], torch.ones_like(x[where]))

@@ -155,22 +155,6 @@ def test_masked_elements_are_not_read(case, kind, activation, device):
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize("shape", [SHAPE, (16, 6, 7, 7), (9, 8), (2, 6, 3000)], ids=str)
-@each_channel_case
-def test_mask_of_everything(case, shape, device):
-    """The bits of the layer without a mask, but on CUDA."""
-    for activation in (None, "relu"):
-        sample = fused(case, activation, True, case.enough(shape), device=device)
-        grad = torch.randn_like(sample.input)
-        expected = sample.results(grad=grad)
-        sample.fixed["mask"] = torch.ones(1, *sample.input.shape[2:], dtype=torch.bool, device=device)
-        results = sample.results(grad=grad)
-        for name, result in results.items():
-            exactly = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
-            torch.testing.assert_close(result, expected[name], **exactly)
-
-
-@pytest.mark.real_device
 @few_cases
 def test_threads(case, threads):
     for kind in ("lengths", "random"):

@@ -8,13 +8,14 @@ import normops
 import normops.functional as F
 
 LENGTHS = [5, 1, 9, 3]
+TWO_AT_LEAST = [5, 2, 9, 3]  # one value has no variance
 CHANNELS = 6
 
 
-def sequences(dtype=torch.float32, device="cpu"):
+def sequences(dtype=torch.float32, device="cpu", lengths=LENGTHS):
     """(N, j, C), and what it is made of."""
     torch.manual_seed(0)
-    parts = [(2 * torch.randn(length, CHANNELS, device=device) + 1).to(dtype) for length in LENGTHS]
+    parts = [(2 * torch.randn(length, CHANNELS, device=device) + 1).to(dtype) for length in lengths]
     leaves = [part.clone().requires_grad_() for part in parts]
     nested = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
     return nested, leaves
@@ -70,19 +71,63 @@ def test_batch_norm(device):
 
 
 @pytest.mark.real_device
-def test_instance_norm(device):
-    LENGTHS[1] = 2  # one value has no variance
-    try:
-        nested, leaves = sequences(device=device)
-        weight, bias = torch.randn(2, CHANNELS, device=device)
-        compare(
-            nested,
-            leaves,
-            lambda x: F.instance_norm(x.transpose(1, 2), weight=weight, bias=bias),
-            lambda parts: [TF.instance_norm(p.T.unsqueeze(0), weight=weight, bias=bias)[0].T for p in parts],
-        )
-    finally:
-        LENGTHS[1] = 1
+@pytest.mark.parametrize("name, args", [("instance_norm", ()), ("group_norm", (2,)), ("group_norm", (1,))], ids=str)
+def test_statistics_of_samples(name, args, device):
+    lengths = TWO_AT_LEAST if name == "instance_norm" else LENGTHS
+    nested, leaves = sequences(device=device, lengths=lengths)
+    weight, bias = torch.randn(2, CHANNELS, device=device)
+    compare(
+        nested,
+        leaves,
+        lambda x: getattr(F, name)(x.transpose(1, 2), *args, weight=weight, bias=bias),
+        lambda parts: [getattr(TF, name)(p.T.unsqueeze(0), *args, weight=weight, bias=bias)[0].T for p in parts],
+    )
+
+
+@pytest.mark.real_device
+@pytest.mark.parametrize("op", ["channel_layer_norm", "channel_rms_norm"])
+def test_statistics_of_positions(op, device):
+    nested, leaves = sequences(device=device)
+    weight = torch.randn(CHANNELS, device=device)
+    theirs = getattr(TF, op.removeprefix("channel_"))
+    compare(
+        nested,
+        leaves,
+        lambda x: getattr(F, op)(x.transpose(1, 2), weight, eps=1e-5),
+        lambda parts: [theirs(part, (CHANNELS,), weight, eps=1e-5) for part in parts],
+    )
+
+
+@pytest.mark.real_device
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm"])
+def test_parameters_of_samples(name, device):
+    nested, leaves = sequences(device=device)
+    weight, bias = torch.randn(2, len(LENGTHS), CHANNELS, device=device)
+    args = (None, None, weight, bias, True) if name == "batch_norm" else (2, weight, bias)
+
+    def separately(parts):
+        if name == "batch_norm":
+            parts = TF.batch_norm(torch.cat(parts), None, None, training=True).split(LENGTHS)
+        else:
+            parts = [TF.group_norm(part.T.unsqueeze(0), 2)[0].T for part in parts]
+        return [part * w + b for part, w, b in zip(parts, weight, bias, strict=True)]
+
+    compare(nested, leaves, lambda x: getattr(F, name)(x.transpose(1, 2), *args), separately)
+
+
+@pytest.mark.real_device
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize(
+    "op, args", [("group_norm", (3,)), ("instance_norm", ()), ("channel_layer_norm", ())], ids=lambda value: str(value)
+)
+def test_ragged_images(op, args, dim, device):
+    """(N, C, j, W) and (N, C, H, j)."""
+    heights = [3, 1, 2]
+    values = torch.randn(CHANNELS, sum(heights), 4, device=device).transpose(1, dim - 1).contiguous()
+    offsets = torch.tensor([0, 3, 4, 6], device=device)
+    y = getattr(F, op)(torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=dim), *args)
+    for part, x in zip(y.values().split(heights, dim - 1), values.split(heights, dim - 1), strict=True):
+        torch.testing.assert_close(part, getattr(F, op)(x.unsqueeze(0), *args)[0])
 
 
 @pytest.mark.real_device
@@ -109,19 +154,22 @@ def test_modules(device):
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "batch_norm"])
+@pytest.mark.parametrize(
+    "op", ["layer_norm", "rms_norm", "batch_norm", "instance_norm", "group_norm", "channel_layer_norm"]
+)
 def test_compile(op, device):
     torch._dynamo.reset()
+    arguments = {"batch_norm": (None, None, None, None, True), "group_norm": (2,)}
 
     def function(x):
-        if op == "batch_norm":
-            return F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2)
-        return getattr(F, op)(x, (CHANNELS,))
+        if op in ("layer_norm", "rms_norm"):
+            return getattr(F, op)(x, (CHANNELS,))
+        return getattr(F, op)(x.transpose(1, 2), *arguments.get(op, ())).transpose(1, 2)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for run in (function, compiled):
-        nested, _ = sequences(device=device)
+        nested, _ = sequences(device=device, lengths=TWO_AT_LEAST)
         y = run(nested)
         y.values().square().sum().backward()
         results.append((y.values().detach(), nested.grad.values()))
@@ -141,13 +189,17 @@ def test_errors():
         ValueError, match=r"layer_norm: expected the ragged dimension .* before .* got dimension 1 of 3"
     ):
         F.layer_norm(nested, (9, CHANNELS))
-    for op in (F.batch_norm, F.instance_norm):
-        options = {"running_mean": None, "running_var": None, "training": True} if op is F.batch_norm else {}
+    options_of_all = {
+        F.batch_norm: {"running_mean": None, "running_var": None, "training": True},
+        F.instance_norm: {},
+        F.group_norm: {"num_groups": 2},
+    }
+    for op, options in options_of_all.items():
         with pytest.raises(ValueError, match=r"ragged dimension is behind the channels, got .*: transpose it"):
             op(nested, **options)
         with pytest.raises(ValueError, match="expected no mask with a nested tensor"):
             op(nested.transpose(1, 2), mask=torch.ones(4, 9, dtype=torch.bool), **options)
         with pytest.raises(ValueError, match=r"expected residual to be nested as input is .*, got"):
             op(nested.transpose(1, 2), residual=torch.ones(4, CHANNELS, 9), **options)
-    with pytest.raises(NotImplementedError, match=r"group_norm: expected input with strided layout, got torch.jagged"):
-        F.group_norm(nested.transpose(1, 2), 2)
+    with pytest.raises(RuntimeError, match=r"group_norm: expected num_groups .* got 4 groups"):
+        F.group_norm(nested.transpose(1, 2), 4)

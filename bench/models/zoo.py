@@ -86,6 +86,15 @@ def vit_base():
     return ViTModel(ViTConfig(num_hidden_layers=4), add_pooling_layer=False)
 
 
+def sam_encoder():
+    from transformers import SamVisionConfig, SamVisionModel
+
+    # Weights of the size that training begins with; the configuration's own are zero but for rounding.
+    return SamVisionModel(
+        SamVisionConfig(image_size=512, num_hidden_layers=2, global_attn_indexes=(1,), initializer_range=0.02)
+    )
+
+
 def llama():
     from transformers import LlamaConfig, LlamaModel
 
@@ -113,10 +122,12 @@ MODELS = [
     Model("ResNet-50 8x3x160x160 channels_last", resnet50, _images(8, 160), **_channels_last),
     Model("MobileNetV2 8x3x160x160", mobilenet_v2, _images(8, 160)),
     Model("ConvNeXt-T 8x3x160x160", convnext_tiny, _images(8, 160)),
+    Model("ConvNeXt-T 8x3x160x160 channels_last", convnext_tiny, _images(8, 160), **_channels_last),
     Model("DDPM U-Net 4x3x32x32", ddpm_unet, _noisy_images),
     Model("DynUNet 1x1x64x64x64", dynunet, lambda: {"x": torch.randn(1, 1, 64, 64, 64)}),
     Model("BERT-base, 4 layers, 8x128", bert_base, _tokens(8, 128)),
     Model("ViT-B/16, 4 layers, 4x3x224x224", vit_base, _images(4, 224)),
+    Model("SAM image encoder, 2 layers, 1x3x512x512", sam_encoder, _images(1, 512)),
     Model("Llama, width 2048, 2 layers, 1x256", llama, _tokens(1, 256)),
     Model("ResNet-50 1x3x224x224, inference", resnet50, _images(1, 224), training=False),
     Model("Llama, decode step", llama, _tokens(1, 1), training=False, decodes=True),

@@ -1,7 +1,7 @@
 #pragma once
 
-// The channel engine of the CPU, as the operators call it: the layers (channel.cpp), and the stages of one of them
-// (stages.cpp).
+// The channel engine of the CPU, as the operators call it: the layers (channel_operators.cpp), and the stages of
+// one of them (stages.cpp).
 
 #include <ATen/EmptyTensor.h>
 

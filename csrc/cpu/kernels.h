@@ -85,7 +85,7 @@ struct RowBackward {
 };
 
 // The inner loops, compiled once per instruction set. They are serial and allocate nothing; how the work is
-// cut and shared among threads is decided by their callers (row.cpp, channel.cpp).
+// cut and shared among threads is decided by their callers (row.cpp, regions.h).
 template <typename T>
 struct Kernels {
   // Parameters of rows are read, and their gradients summed, in whole packs of `pack_size` and in the order in which

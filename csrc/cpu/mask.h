@@ -84,6 +84,11 @@ class Mask {
   std::vector<int64_t> positions_;
 };
 
+// Of the channels of a group: those that are valid.
+inline int64_t elements_per_group(const Geometry& g, const Mask* mask, int64_t row) {
+  return mask ? mask->positions_of_row(row) * g.width * g.group_size() : g.elements_per_group();
+}
+
 // A part of a tile's positions, and of the lines it is made of.
 inline Tile part_of(const Tile& tile, const Run& run) { return {tile.layout, tile.channels, run.count, tile.width}; }
 template <typename T>

@@ -13,10 +13,12 @@
 #include <cmath>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "../statistics.h"
 #include "channel.h"
 #include "channel_epilogue.h"
+#include "extremes.h"
 #include "parallel.h"
 
 namespace normops::cpu {
@@ -230,9 +232,15 @@ void forward(const Planes& planes, Matrix<const T> x, Matrix<T> y, Matrix<const 
       const int64_t at = part.sample * planes.positions + part.first;
       positions.take_moments(planes, part, x);
       for (int64_t i = 0; i < part.width; ++i) {
-        const double own = positions.mean[i];
-        double var = positions.second[i] / planes.channels;
+        double own = positions.mean[i], var = positions.second[i] / planes.channels;
         if (!centered) var += own * own;
+        if (is_extreme_variance<T>(var + eps)) [[unlikely]] {
+          const Lines<const T> lines = x.lines(part);
+          const auto each = [&](const auto& f) {
+            for (int64_t c = 0; c < planes.channels; ++c) f(double(lines[c][i]));
+          };
+          exact_moments(each, double(planes.channels), centered, own, var);
+        }
         mean[at + i] = centered ? own : 0;
         rstd[at + i] = 1 / std::sqrt(var + eps);
         positions.set(i, mean[at + i], rstd[at + i]);
@@ -251,6 +259,20 @@ void forward(const Planes& planes, Matrix<const T> x, Matrix<T> y, Matrix<const 
     }
   });
 }
+
+// dx = scale * g + slope * (x - center) + shift of a position whose coefficients leave the range of float.
+struct ExtremePosition {
+  int64_t position;
+  double scale, slope, center, shift;
+
+  template <typename A, typename T>
+  void store(const Lines<const A>& g, const Lines<const A>& x, const Lines<T>& dx, int64_t lines) const {
+    for (int64_t c = 0; c < lines; ++c) {
+      const double deviation = double(x[c][position]) - center;
+      dx[c][position] = T(A(scale * double(g[c][position]) + slope * deviation + shift));
+    }
+  }
+};
 
 // What the derivative of an activation is taken from, and where the gradient before it goes.
 template <typename T>
@@ -277,6 +299,7 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
     Positions<A> positions(width);
     const Scratch<double> sum_g(width), sum_g_x(width), part_g(width), part_g_x(width);
     const Scratch<A> slope(width), shift(width);
+    std::vector<ExtremePosition> extremes;
     // The tile in the type of the arithmetic, g = dy * weight above all, and some of its channels.
     const bool weighted = parameters.weight != nullptr;
     const auto all_x = kWide ? nullptr : memory_of<A>(C * width), all_g = memory_of<A>(C * width);
@@ -333,12 +356,16 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
         }
       });
       if (dx.data == nullptr) continue;
+      extremes.clear();
       for (int64_t i = 0; i < part.width; ++i) {
         const double low = SplitMean<A>(mean[at + i]).low;
         const double sum_g_xhat = (sum_g_x[i] - low * sum_g[i]) * rstd[at + i];
         const InputGradient to_x(rstd[at + i], low, sum_g[i] / C, sum_g_xhat / C, centered);
         slope[i] = A(to_x.slope);
         shift[i] = A(to_x.shift);
+        if (is_extreme<T>(rstd[at + i]) && std::isfinite(rstd[at + i])) {
+          extremes.push_back({i, rstd[at + i], to_x.slope, positions.center[i], to_x.shift});
+        }
       }
       const BackwardCoefficients<A> k{positions.center.get(), positions.scale.get(), slope + 0, shift + 0};
       for_channels(planes, part, [&](int64_t c, int64_t lines) {
@@ -350,6 +377,7 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
           wide.grad_apply(part.across(lines), g, x_lines(c), result, k);
           kernel.narrow_lines(read_only(result), dx.lines(part, c), lines, part.width);
         }
+        for (const ExtremePosition& own : extremes) own.store(g, x_lines(c), dx.lines(part, c), lines);
       });
     }
   });

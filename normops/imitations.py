@@ -6,6 +6,7 @@ takes their place.
 """
 
 import itertools
+import sys
 from typing import Any
 
 import torch
@@ -34,14 +35,11 @@ def replace(graph_module: GraphModule) -> None:
 
 
 def _class(cls: Any) -> Any:
-    """Newer torch writes down the class's name."""
+    """Newer torch writes down the class's name. Its module has been imported, or there were no layer of it."""
     if not isinstance(cls, str):
         return cls
     module, _, name = cls.rpartition(".")
-    try:
-        return getattr(__import__(module, fromlist=[name]), name)
-    except (ImportError, AttributeError, ValueError):
-        return cls
+    return getattr(sys.modules.get(module), name, cls)
 
 
 def _replace_one(graph_module: GraphModule, nodes: list[Node]) -> None:

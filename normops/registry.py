@@ -49,14 +49,14 @@ def _last_dimensions(module):
     if shape is None:
         weight = getattr(module, "weight", None)
         shape = (16,) if weight is None else weight.shape
-    return 2, 3, *shape
+    return [(*leading, *shape) for leading in ((2, 3), (), (5,), (2, 1, 3))]
 
 
 def register_conversion(
     layer: type | str,
     forward: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor],
     *,
-    input_shape: Callable[[torch.nn.Module], Sequence[int]] = _last_dimensions,
+    input_shape: Callable[[torch.nn.Module], Sequence[int] | Sequence[Sequence[int]]] = _last_dimensions,
 ) -> None:
     """Teaches :func:`convert` a class of layers that is not torch's.
 
@@ -67,9 +67,10 @@ def register_conversion(
 
     The first time a layer of the class is converted, and again for every new combination of its options and parameter
     dtypes, both forwards are run with random parameters on random inputs, of float32, float16, bfloat16 and the dtypes
-    of the parameters as far as the class itself accepts them. They have to agree in the dtype and shape of the output
-    and, up to a few roundings of the narrowest dtype involved, in output and gradients. The layer itself is not touched
-    by this.
+    of the parameters and of several ranks, as far as the class itself accepts them; in training and in evaluation,
+    twice with the same input, and without gradients. They have to agree in the dtype and shape of the output, in what
+    they leave in buffers and, up to a few roundings of the narrowest dtype involved, in output and gradients. The layer
+    itself is not touched by this.
 
     Some well-known classes are registered already: see :mod:`normops.lookalikes`.
 
@@ -77,8 +78,8 @@ def register_conversion(
         layer: the class, or its full name, which need not be importable yet. A name may have wildcards (``*``, ``?``);
             it then stands for classes that may or may not be what is claimed, and those that are not are left alone.
         forward: the new forward. Called with the module and one tensor; must not be a bound method.
-        input_shape: given the module, the shape of an input to test with. By default ``(2, 3, *normalized_shape)``, or
-            the shape of ``weight`` in place of ``normalized_shape``.
+        input_shape: given the module, the shape of an input to test with, or a list of several. By default
+            ``normalized_shape``, or the shape of ``weight``, behind no, one, two and three other dimensions.
 
     Later entries come before earlier ones.
 
@@ -189,7 +190,6 @@ def _twin(module):
     twin = type(module).__new__(type(module))
     torch.nn.Module.__init__(twin)
     twin.__dict__.update(_options(module))
-    twin.training = module.training
 
     def random(tensor):
         return torch.randn(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -202,14 +202,34 @@ def _twin(module):
 
 
 def _results(forward, twin, x, grad):
-    """Output and gradients by name."""
+    """By name: output, gradients, the outputs of a second call and of one without gradients, and then buffers."""
     leaves = {"input": x, **dict(twin.named_parameters())}
     output = forward(x)
     if grad is None:
         grad = torch.randn(output.shape, dtype=torch.float32, device="cpu").to(output.dtype)
     gradients = torch.autograd.grad(output, leaves.values(), grad, allow_unused=True)
     named = {f"gradient of {name}": value for name, value in zip(leaves, gradients, strict=True)}
-    return {"output": output.detach(), **named}, grad
+    again = forward(x).detach()
+    with torch.no_grad():
+        alone = forward(x)
+    outputs = {"output": output.detach(), "output of a second call": again, "output without gradients": alone}
+    buffers = {f"buffer {name}": buffer.clone() for name, buffer in twin.named_buffers()}
+    return {**outputs, **named, **buffers}, grad
+
+
+def _shapes(entry, module):
+    shapes = entry.input_shape(module)
+    return [tuple(shapes)] if isinstance(shapes[0], int) else [tuple(shape) for shape in shapes]
+
+
+def _calls(entry, module, layers):
+    """What to call a layer with: the layer, whether it is training, the shape, dtype and size of an input."""
+    dtypes = {torch.float32, torch.bfloat16, torch.float16, *(p.dtype for p in module.parameters())}
+    usual, *others = _shapes(entry, module)
+    # Small inputs, so that eps matters, and large ones.
+    everything = [((usual,), sorted(dtypes, key=str), (1e-3, 1.0, 30.0)), (others, (torch.float32,), (1.0,))]
+    for shapes, kinds, sizes in everything:
+        yield from itertools.product(layers, (True, False), shapes, kinds, sizes)
 
 
 def _compare(entry, module):
@@ -219,8 +239,7 @@ def _compare(entry, module):
     required = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if len(required) != 1:
         return "its forward takes more than one argument"
-    shape = tuple(entry.input_shape(module))
-    tested = False
+    tested, refusal = False, None
     with (
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
@@ -230,23 +249,26 @@ def _compare(entry, module):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         twin = _twin(module)
-        dtypes = {torch.float32, torch.bfloat16, torch.float16, *(p.dtype for p in twin.parameters())}
-        # With the parameters as they are, and in float32, where nothing hides behind roundings. Small inputs, so that
-        # eps matters, and large ones.
-        cases = itertools.product((twin, copy.deepcopy(twin).float()), sorted(dtypes, key=str), (1e-3, 1.0, 30.0))
-        for layer, dtype, scale in cases:
-            x = (scale * (torch.randn(shape, device="cpu") + 0.5)).to(dtype).requires_grad_()
+        # With the parameters as they are, and in float32, where nothing hides behind roundings.
+        layers = (twin, copy.deepcopy(twin).float())
+        for layer, training, shape, dtype, size in _calls(entry, twin, layers):
+            # Either has its own buffers, in case a forward changes them.
+            theirs, ours = (copy.deepcopy(layer).train(training) for _ in range(2))
+            x = (size * (torch.randn(shape, device="cpu") + 0.5)).to(dtype).requires_grad_()
             try:
-                expected, grad = _results(layer, layer, x, None)
-            except RuntimeError:
-                continue  # not a dtype of this class
-            results, _ = _results(functools.partial(entry.forward, layer), layer, x, grad)
+                expected, grad = _results(theirs, theirs, x, None)
+            except Exception as error:  # not a dtype or a rank of this class
+                refusal = error
+                continue
+            results, _ = _results(functools.partial(entry.forward, ours), ours, x, grad)
             narrowest = max(torch.finfo(tensor.dtype).eps for tensor in (x, *layer.parameters()))
             difference = _difference(results, expected, narrowest)
             if difference:
-                return f"{difference}, given {str(dtype).removeprefix('torch.')} of size {scale}"
+                mode = "training" if training else "evaluation"
+                kind = str(dtype).removeprefix("torch.")
+                return f"{difference}, in {mode}, given {kind} of size {size} and shape {list(shape)}"
             tested = True
-    return None if tested else "it accepts no floating input of this shape"
+    return None if tested else f"it accepts no floating input of these shapes: {refusal}"
 
 
 def _difference(results, expected, eps):
@@ -265,10 +287,14 @@ def _difference(results, expected, eps):
             continue
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             return f"{name} is {ours.dtype} of shape {list(ours.shape)}, not {theirs.dtype} of {list(theirs.shape)}"
+        if not theirs.is_floating_point():
+            if not torch.equal(ours, theirs):
+                return f"{name} differs"
+            continue
         if not torch.isfinite(theirs).all():
             continue  # beyond the range of the dtype
         arithmetic = min(eps, torch.finfo(torch.float32).eps)
-        allowed = ((2 if name == "output" else 8) * eps + 32 * arithmetic) * theirs.double().abs().max()
+        allowed = ((8 if name.startswith("gradient") else 2) * eps + 32 * arithmetic) * theirs.double().abs().max()
         error = (ours.double() - theirs.double()).abs().max()
         if not error <= allowed:
             return f"{name} differs by {error:.2g}, where {allowed:.2g} is rounding"

@@ -292,6 +292,61 @@ def test_a_wrong_forward_is_found(wrong, entries):
         normops.convert(Scale(8))
 
 
+class Sometimes(Scale):
+    """Something else now and then, which a single call does not show."""
+
+    def __init__(self, dim, when):
+        super().__init__(dim)
+        self.when = when
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        if self.when == "counts":
+            self.calls += 1
+        other = {
+            "evaluation": not self.training,
+            "training": self.training,
+            "without gradients": not torch.is_grad_enabled(),
+            "rows alone": x.dim() == 1,
+            "matrices": x.dim() == 2,
+            "images": x.dim() == 4,
+            "second call": self.calls > 0,
+        }
+        if self.when == "second call":
+            self.calls += 1
+        return super().forward(x) * (1.5 if other.get(self.when) else 1)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "when",
+    ["evaluation", "training", "without gradients", "rows alone", "matrices", "images", "second call", "counts"],
+)
+def test_what_differs_now_and_then_is_found(when, mode, entries):
+    normops.register_conversion(Sometimes, scale_forward)
+    with pytest.raises(ValueError, match="registered for Sometimes does not fit"):
+        normops.convert(Sometimes(8, when).train(mode))
+    layer = Sometimes(8, "never")
+    assert type(normops.convert(layer)) is not Sometimes
+
+
+class Images(Scale):
+    """Takes four dimensions and no other number."""
+
+    def forward(self, x):
+        if x.dim() != 4:
+            raise ValueError(f"expected images, got {x.dim()} dimensions")
+        return super().forward(x)
+
+
+def test_ranks_that_the_class_refuses_are_not_tested(entries):
+    normops.register_conversion(Images, lambda module, x: scale_forward(module, x.flatten(0, 2)).view(x.shape))
+    assert type(normops.convert(Images(8))) is not Images
+    normops.register_conversion(Images, scale_forward, input_shape=lambda module: (3, 8))
+    with pytest.raises(ValueError, match="accepts no floating input of these shapes: expected images, got 2"):
+        normops.convert(Images(8))
+
+
 def test_unpickled_where_it_is_not_registered(entries):
     normops.register_conversion(Scale, scale_forward)
     data = pickle.dumps(normops.convert(Scale(8)))

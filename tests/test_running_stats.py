@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, MODULES, each_dtype
+from torch.autograd import forward_ad
 
 import normops
 import normops.functional as F
@@ -52,6 +53,19 @@ def test_strided(device):
         means, variances = torch.zeros(6, 2, device=device), torch.ones(6, 3, device=device)
         functions.batch_norm(x, means[:, 0], variances[:, 1], training=True)
         moved.append((means, variances))
+    torch.testing.assert_close(*moved)
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_with_tangents(op, device):
+    """The formula in torch's operators moves them as the kernels do."""
+    x, options = torch.randn(4, 6, 50, device=device), {"training": True} if op == "batch_norm" else {}
+    moved = []
+    with forward_ad.dual_level():
+        for input in (x, forward_ad.make_dual(x, torch.ones_like(x))):
+            running = torch.zeros(6, device=device), torch.ones(6, device=device)
+            getattr(F, op)(input, *running, **options)
+            moved.append(running)
     torch.testing.assert_close(*moved)
 
 

@@ -1,5 +1,7 @@
 """Running statistics: moved like torch's, step by step."""
 
+import copy
+
 import pytest
 import torch
 from cases import DTYPES, MODULES, each_dtype
@@ -118,3 +120,13 @@ def test_num_batches_tracked_of_an_old_checkpoint():
     x = torch.randn(4, 6)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_tracking_that_is_turned_off():
+    """Later, when there are running statistics: training leaves them alone, and evaluation takes them."""
+    theirs = torch.nn.BatchNorm1d(6)
+    theirs.track_running_stats = False
+    ours, x = normops.convert(copy.deepcopy(theirs)), torch.randn(4, 6)
+    for training in (True, False):
+        torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())

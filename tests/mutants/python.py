@@ -17,7 +17,7 @@ FAULTS = [
         "normops/modules/batchnorm.py",
         "keep_running = track or not self.training",
         "keep_running = True",
-        "test_modules.py -k 'not emulated'",
+        "test_running_stats.py -k 'turned_off'",
     ),
     Fault(
         "residual_without_batch",

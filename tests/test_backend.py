@@ -157,6 +157,11 @@ def test_sum_with_itself():
     assert whats(compared(model, torch.randn(X))) == ["batch_norm"]
 
 
+def test_sum_with_a_factor():
+    model = Net(lambda self, x: torch.add(self.norm(x), x, alpha=2), norm=nn.BatchNorm2d(6))
+    assert whats(compared(model, torch.randn(X))) == ["batch_norm"]
+
+
 def test_residual_after_the_norm():
     """A residual that is computed later: a convolution, and, as in a ResNet, another norm."""
     model = Net(lambda self, x: TF.relu(self.norm(x) + self.conv(x)), norm=nn.BatchNorm2d(6), conv=conv())

@@ -243,6 +243,22 @@ def test_without_gradients(ranks):
     ranks.run(without_gradients)
 
 
+def gradient_of_one_parameter(rank, world_size):
+    x, dy = torch.randn(2, 4, 6, 5)
+    expected = {"weight": (dy * torch.nn.functional.batch_norm(x, None, None, training=True)).sum((0, 2))}
+    expected["bias"] = dy.sum((0, 2))
+    for name, other in (("weight", "bias"), ("bias", "weight")):
+        layer = normops.SyncBatchNorm(6)
+        getattr(layer, other).requires_grad_(False)
+        layer(x).backward(dy)  # all ranks have the same
+        torch.testing.assert_close(getattr(layer, name).grad, expected[name])
+        assert getattr(layer, other).grad is None
+
+
+def test_gradient_of_one_parameter(ranks):
+    ranks.run(gradient_of_one_parameter)
+
+
 def empty_everywhere(rank, world_size):
     layer = normops.SyncBatchNorm(6)
     x = torch.empty(0, 6, 5, requires_grad=True)

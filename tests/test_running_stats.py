@@ -1,8 +1,11 @@
 """Running statistics: moved like torch's, step by step."""
 
+import copy
+
 import pytest
 import torch
 from cases import DTYPES, MODULES, each_dtype
+from torch.autograd import forward_ad
 
 import normops
 import normops.functional as F
@@ -55,6 +58,19 @@ def test_strided(device):
     torch.testing.assert_close(*moved)
 
 
+@pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])
+def test_with_tangents(op, device):
+    """The formula in torch's operators moves them as the kernels do."""
+    x, options = torch.randn(4, 6, 50, device=device), {"training": True} if op == "batch_norm" else {}
+    moved = []
+    with forward_ad.dual_level():
+        for input in (x, forward_ad.make_dual(x, torch.ones_like(x))):
+            running = torch.zeros(6, device=device), torch.ones(6, device=device)
+            getattr(F, op)(input, *running, **options)
+            moved.append(running)
+    torch.testing.assert_close(*moved)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
 def test_momentum(momentum, device):
     x = torch.randn(4, 6, 50, device=device)
@@ -104,3 +120,13 @@ def test_num_batches_tracked_of_an_old_checkpoint():
     x = torch.randn(4, 6)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_tracking_that_is_turned_off():
+    """Later, when there are running statistics: training leaves them alone, and evaluation takes them."""
+    theirs = torch.nn.BatchNorm1d(6)
+    theirs.track_running_stats = False
+    ours, x = normops.convert(copy.deepcopy(theirs)), torch.randn(4, 6)
+    for training in (True, False):
+        torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())

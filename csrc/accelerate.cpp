@@ -445,4 +445,13 @@ void accelerate(bool on) {
   if (has_engine(c10::DispatchKey::CUDA)) libraries.push_back(install_all(c10::DispatchKey::CUDA));
 }
 
+void switch_acceleration(bool on) {
+  static std::mutex mutex;
+  static bool is_on = false;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (on == is_on) return;
+  accelerate(on);
+  is_on = on;
+}
+
 }  // namespace normops

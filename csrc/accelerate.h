@@ -6,4 +6,7 @@ namespace normops {
 // has been followed by one without.
 void accelerate(bool on);
 
+// The switch, which is one of those users or none.
+void switch_acceleration(bool on);
+
 }  // namespace normops

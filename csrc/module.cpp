@@ -28,6 +28,8 @@ int threads_used(int64_t items) {
   return int(threads.size());
 }
 
+struct Acceleration {};
+
 py::dict build_info() {
   py::dict info;
   info["version"] = NORMOPS_VERSION;
@@ -51,7 +53,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of normops; importing it registers torch.ops.normops.";
   m.def("build_info", &build_info, "What the library was built with.");
   m.def("instruction_set", [] { return normops::cpu::kernels().name; }, "The CPU kernels in use.");
-  m.def("accelerate", &normops::accelerate, py::arg("on"),
-        "Puts the engines behind torch's operators, or torch's back.");
+  m.def("accelerate", &normops::switch_acceleration, py::arg("on"),
+        "Puts the engines behind torch's operators, or torch's back, once, however often it is asked for.");
+  // A class of Python's would leave the engines in place for ever if Ctrl-C came while they are put there: Python takes
+  // the signal after the call, but still in __enter__. From a function of C++ it goes straight into the block.
+  py::class_<Acceleration>(m, "Acceleration", "The block of normops.accelerate().")
+      .def(py::init<>())
+      .def("__enter__", [](Acceleration&) { normops::accelerate(true); })
+      .def("__exit__", [](Acceleration&, const py::args&) { normops::accelerate(false); });
   m.def("threads_used", &threads_used, py::arg("items"), "Threads that share `items` full pieces of work.");
 }

@@ -1,5 +1,6 @@
 """Loads the compiled library, which registers the operators, and says what they return without computing it."""
 
+import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,13 @@ def _load() -> ModuleType:
         f"It has to be built for the installed torch ({torch.__version__}): run pip install --no-build-isolation . "
         "in the source tree."
     )
+    # A second library that registers the same operators ends the process.
+    found, loaded = importlib.util.find_spec("normops._C"), torch.ops.loaded_libraries
+    if found and hasattr(torch.ops.normops, "_row_norm") and found.origin not in loaded:
+        others = [path for path in loaded if path.rpartition("normops")[1]]
+        raise ImportError(
+            f"another copy of normops ({', '.join(others)}) is in use in this process, not {found.origin}"
+        )
     try:
         from normops import _C
     except ImportError as error:
@@ -19,6 +27,7 @@ def _load() -> ModuleType:
     # Torch promises no binary interface across minor versions, and a mismatch need not show when it is loaded.
     if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(f"normops was compiled for torch {built_for}. {how}")
+    loaded.add(_C.__file__)
     return _C
 
 

@@ -1,23 +1,15 @@
 """The engines behind torch's own operators, for models that are not to be touched."""
 
 import contextlib
-import threading
 from typing import overload
 
 from normops._ops import _C
 
 __all__ = ["accelerate"]
 
-_lock = threading.Lock()
-_switched_on = False
 
-
-class _Acceleration(contextlib.ContextDecorator):
-    def __enter__(self) -> None:
-        _C.accelerate(True)
-
-    def __exit__(self, *exception: object) -> None:
-        _C.accelerate(False)
+class _Acceleration(_C.Acceleration, contextlib.ContextDecorator):  # type: ignore[name-defined, misc]
+    pass
 
 
 @overload
@@ -61,13 +53,9 @@ def accelerate(enabled: bool | None = None) -> _Acceleration | None:
     Raises:
         TypeError: ``enabled`` is neither a bool nor ``None``.
     """
-    global _switched_on
     if enabled is None:
         return _Acceleration()
     if not isinstance(enabled, bool):
         raise TypeError(f"expected enabled to be a bool or None, got {type(enabled).__name__}")
-    with _lock:
-        if enabled != _switched_on:
-            _C.accelerate(enabled)
-            _switched_on = enabled
+    _C.accelerate(enabled)
     return None

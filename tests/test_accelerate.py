@@ -482,7 +482,7 @@ def test_wrong_argument(enabled):
 
 def test_more_ends_than_beginnings():
     with pytest.raises(RuntimeError, match="already in place"):
-        _C.accelerate(False)
+        _C.Acceleration().__exit__(None, None, None)
 
 
 def test_silence():

@@ -33,6 +33,8 @@ void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_
   }
 }
 
+}  // namespace
+
 // What of a segment's tile is walked: all of it, or what lies between the first and the last valid position.
 struct Span {
   const Tile& whole;
@@ -47,8 +49,6 @@ struct Span {
     return part_of(whole, x, run);
   }
 };
-
-}  // namespace
 
 template <typename T>
 void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,

@@ -33,6 +33,8 @@ void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_
   }
 }
 
+}  // namespace
+
 // What of a segment's tile is walked: all of it, or what lies between the first and the last valid position.
 struct Span {
   const Tile& whole;
@@ -47,8 +49,6 @@ struct Span {
     return part_of(whole, x, run);
   }
 };
-
-}  // namespace
 
 template <typename T>
 void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,
@@ -81,8 +81,17 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       }
       std::fill_n(mean + at, tile.channels, 0.0);
       std::fill_n(m2 + at, tile.channels, 0.0);
-      const auto moments = [&](int64_t c, const Tile& valid, const Lines<const T>& x) {
-        kernel.moments(valid, x, mean + at + c, m2 + at + c);
+      const auto moments = [&](int64_t c, int64_t before, const Tile& valid, const Lines<const T>& x) {
+        if (before == 0) {
+          kernel.moments(valid, x, mean + at + c, m2 + at + c);
+          return;
+        }
+        const Scratch<double> more_mean(valid.channels), more_m2(valid.channels);
+        kernel.moments(valid, x, more_mean + 0, more_m2 + 0);
+        const MomentsMerge merge(double(before * valid.width), double(valid.positions * valid.width));
+        for (int64_t i = 0; i < valid.channels; ++i) {
+          merge(mean[at + c + i], m2[at + c + i], more_mean[i], more_m2[i]);
+        }
       };
       for_valid(tile, mask->segment(k), moments, lines);
     });
@@ -209,8 +218,18 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       const bool apart = mask && mask->runs(k).size() != 1;
       const auto sums_of_valid = [&](const Lines<const T>& dz, const Lines<const T>& x) {
         const int64_t row = sets.of(g.sample_of(k)) * C + r.first_channel;
-        const auto sums = [&](int64_t c, const Tile& valid, const Lines<const T>& dz, const Lines<const T>& x) {
-          kernel.grad_sums(valid, dz, x, center + row + c, sum_dy + at + c, sum_dy_x + at + c);
+        const auto sums = [&](int64_t c, int64_t before, const Tile& valid, const Lines<const T>& dz,
+                              const Lines<const T>& x) {
+          if (before == 0) {
+            kernel.grad_sums(valid, dz, x, center + row + c, sum_dy + at + c, sum_dy_x + at + c);
+            return;
+          }
+          const Scratch<double> more_dy(valid.channels), more_dy_x(valid.channels);
+          kernel.grad_sums(valid, dz, x, center + row + c, more_dy + 0, more_dy_x + 0);
+          for (int64_t i = 0; i < valid.channels; ++i) {
+            sum_dy[at + c + i] += more_dy[i];
+            sum_dy_x[at + c + i] += more_dy_x[i];
+          }
         };
         for_valid(tile, mask->segment(k), sums, dz, x);
       };

@@ -36,17 +36,18 @@ class Mask {
     int64_t count = 0;
 
     void add(int64_t begin, int64_t end) {
-      if (begin == end) return;
       runs.push_back({begin, end - begin});
       count += end - begin;
     }
-    void list() {
+    // Those whose flag is `valid`.
+    void list(const bool* flags, int64_t length, bool valid) {
       constexpr int64_t kShort = 16;
       if (count >= kShort * static_cast<int64_t>(runs.size())) return;
       each.resize(count);
-      int32_t* next = each.data();
-      for (const Run& run : runs) {
-        for (int64_t i = run.begin; i < run.end(); ++i) *next++ = static_cast<int32_t>(i);
+      int64_t next = 0;
+      for (int64_t i = 0; i < length && next < count; ++i) {
+        each[next] = static_cast<int32_t>(i);
+        next += flags[i] == valid;
       }
     }
   };
@@ -56,18 +57,26 @@ class Mask {
 
   // `valid` has a flag for each position of every sample, in order.
   Mask(const Geometry& g, const bool* valid) : segments_(g.segments()), positions_(g.rows(), 0) {
+    // Where runs begin. Nothing here branches on a flag: nobody could foresee random ones.
+    std::vector<int64_t> begins(std::min(g.segment_length, g.positions) + 1);
     for (int64_t k = 0; k < g.segments(); ++k) {
       Segment& segment = segments_[k];
       const bool* const flags = valid + g.sample_of(k) * g.positions + g.segment_begin(k);
       const int64_t length = g.segment_count(k);
-      for (int64_t end, begin = 0; begin < length; begin = end) {
-        end = begin + 1;
-        while (end < length && flags[end] == flags[begin]) ++end;
-        (flags[begin] ? segment.valid : segment.masked).add(begin, end);
+      int64_t runs = length > 0;
+      for (int64_t i = 1; i < length; ++i) {
+        begins[runs] = i;
+        runs += flags[i] != flags[i - 1];
+      }
+      begins[runs] = length;
+      segment.valid.runs.reserve(runs / 2 + 1);
+      segment.masked.runs.reserve(runs / 2 + 1);
+      for (int64_t i = 0; i < runs; ++i) {
+        (flags[begins[i]] ? segment.valid : segment.masked).add(begins[i], begins[i + 1]);
       }
       if (g.layout == Layout::kContiguous) {
-        segment.valid.list();
-        segment.masked.list();
+        segment.valid.list(flags, length, true);
+        segment.masked.list(flags, length, false);
       }
       positions_[g.row_of(g.sample_of(k))] += segment.valid.count;
     }
@@ -102,32 +111,48 @@ inline Run span_of(c10::ArrayRef<Run> runs) {
   return runs.empty() ? Run{0, 0} : Run{runs.front().begin, runs.back().end() - runs.front().begin};
 }
 
-// f(channel, tile, lines...) with the valid elements of some channels of a tile, from `channel` on; nothing if there
-// are none.
+// f(channel, position, tile, lines...) with some valid elements of a tile, those of channels from `channel` on and, of
+// their valid positions, from that of number `position` on; nothing if there are none.
 template <typename F, typename... T>
 void for_valid(const Tile& tile, const Mask::Segment& segment, const F& f, const Lines<const T>&... operands) {
   const std::vector<Run>& runs = segment.valid.runs;
   if (runs.empty()) return;
   if (runs.size() == 1) {
-    f(int64_t{0}, part_of(tile, runs[0]), part_of(tile, operands, runs[0])...);
+    f(int64_t{0}, int64_t{0}, part_of(tile, runs[0]), part_of(tile, operands, runs[0])...);
     return;
   }
-  constexpr int64_t kElements = 16 * 1024;
+  // What stays in a cache, and, of lines that sums go across, not too few.
+  constexpr int64_t kElements = 16 * 1024, kLines = 64;
   const int64_t positions = segment.valid.count;
-  const bool contiguous = tile.layout == Layout::kContiguous;
-  const int64_t at_once = contiguous ? std::clamp<int64_t>(kElements / positions, 1, tile.channels) : tile.channels;
-  const std::vector<int32_t>& indices = segment.valid.each;
-  const int64_t elements = at_once * positions * tile.width;
-  const std::tuple memory{std::unique_ptr<T[]>(new T[elements])...};
-  const auto gather = [&](auto x, auto* to, int64_t first, int64_t channels) {
-    if (!contiguous) {
-      for (const Run& run : runs) {
-        for (int64_t i = run.begin; i < run.end(); ++i, to += tile.channels * tile.width) {
-          std::copy_n(x[i], tile.channels * tile.width, to);
-        }
+  if (tile.layout != Layout::kContiguous) {
+    const int64_t length = tile.channels * tile.width;
+    const int64_t at_once = std::min(positions, std::max(kLines, kElements / length));
+    const std::tuple memory{std::unique_ptr<T[]>(new T[at_once * length])...};
+    int64_t first = 0, count = 0;
+    const auto flush = [&] {
+      std::apply(
+          [&](const auto&... own) {
+            f(int64_t{0}, first, Tile{tile.layout, tile.channels, count, tile.width},
+              Lines<const T>{own.get(), length}...);
+          },
+          memory);
+      first += count;
+      count = 0;
+    };
+    for (const Run& run : runs) {
+      for (int64_t i = run.begin; i < run.end(); ++i) {
+        std::apply([&](const auto&... own) { (std::copy_n(operands[i], length, own.get() + count * length), ...); },
+                   memory);
+        if (++count == at_once) flush();
       }
-      return;
     }
+    if (count > 0) flush();
+    return;
+  }
+  const int64_t at_once = std::clamp<int64_t>(kElements / positions, 1, tile.channels);
+  const std::vector<int32_t>& indices = segment.valid.each;
+  const std::tuple memory{std::unique_ptr<T[]>(new T[at_once * positions])...};
+  const auto gather = [&](auto x, auto* to, int64_t first, int64_t channels) {
     for (int64_t c = first; c < first + channels; ++c, to += positions) {
       const auto* const from = x[c];
       if (!indices.empty()) {
@@ -138,13 +163,12 @@ void for_valid(const Tile& tile, const Mask::Segment& segment, const F& f, const
       for (const Run& run : runs) next = std::copy_n(from + run.begin, run.count, next);
     }
   };
-  const int64_t stride = contiguous ? positions : tile.channels * tile.width;
   for (int64_t c = 0; c < tile.channels; c += at_once) {
     const int64_t channels = std::min(at_once, tile.channels - c);
     std::apply(
         [&](const auto&... own) {
           (gather(operands, own.get(), c, channels), ...);
-          f(c, Tile{tile.layout, channels, positions, tile.width}, Lines<const T>{own.get(), stride}...);
+          f(c, int64_t{0}, Tile{tile.layout, channels, positions, tile.width}, Lines<const T>{own.get(), positions}...);
         },
         memory);
   }

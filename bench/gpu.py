@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 import normops

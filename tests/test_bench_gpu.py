@@ -97,7 +97,9 @@ def test_benchmark(card, tmp_path, monkeypatch, capsys):
 
 def test_figures(card):
     """Of a call of known length: what it moves in a second, and how much that is of what a copy moves."""
-    stopwatch = SimpleNamespace(stream=None, device_seconds=lambda call: (1e-3, True), host_seconds=lambda call: 2e-6)
+    stopwatch = SimpleNamespace(
+        stream=Stream(), device_seconds=lambda call: (1e-3, True), host_seconds=lambda call: 2e-6
+    )
     result = gpu.measure(CASES[0], stopwatch, bandwidth=1e8)
     tensor = 64 * 128 * 2  # bytes
     for what, moved in (("forward", 2 * tensor), ("backward", 3 * tensor)):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from layouts import LAYOUTS, each_layout
 from models import IMAGE, MODELS
 from test_compile import lie
 from test_gradients import TRANSFORMS, differentiable
+from threads import run_together
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
 
@@ -481,14 +481,6 @@ def test_threads():
     """Blocks begin and end in some threads while others compute forward and backward: every result is right."""
     x = torch.randn(64, 33)
     expected = torch.autograd.functional.vjp(lambda x: F.layer_norm(x, (33,)), x, torch.ones_like(x))
-    stop, failures = threading.Event(), []
-
-    def guarded(work):
-        try:
-            while not stop.is_set():
-                work()
-        except BaseException as error:
-            failures.append(error)
 
     def compute():
         ours = torch.autograd.functional.vjp(lambda x: F.layer_norm(x, (33,)), x, torch.ones_like(x))
@@ -498,12 +490,5 @@ def test_threads():
         with normops.accelerate(), normops.accelerate():
             compute()
 
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in (compute, compute, toggle, toggle)]
-    for thread in threads:
-        thread.start()
-    stop.wait(1.5)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    run_together(1.5, compute, compute, toggle, toggle)
     assert not on_engines(call)

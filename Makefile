@@ -9,6 +9,8 @@
 # make dist     a source archive and a wheel, installed and tried
 # make test-torches    builds and tests with every torch from 2.11 on; takes an hour and 20 GB
 # make mutants  plants small faults, one at a time, which the tests have to catch; takes an hour
+# make sanitize    the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer; takes an hour of one core
+# make fuzz-kernels, race-kernels    its kernels under libFuzzer (clang) and under ThreadSanitizer
 # make nightly  what is too much for every commit
 #
 # All set up everything they need in a virtual environment first; a second run rebuilds only what changed.
@@ -36,7 +38,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-models docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist mutants nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev sanitize fuzz-kernels race-kernels cuda cuda-clang gpu lint format package dist mutants nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -68,6 +70,23 @@ build: $(ENVIRONMENT)
 
 dev: $(ENVIRONMENT)
 	NORMOPS_INSTRUCTION_SETS=native NORMOPS_CUDA=0 $(RUN) setup.py --quiet egg_info build_ext --inplace
+
+# Files and options for pytest; all tests of numbers by default.
+SANITIZE_ARGS ?=
+sanitize: $(ENVIRONMENT)
+	$(RUN) tests/sanitize.py $(SANITIZE_ARGS)
+
+FUZZ_SECONDS ?= 600
+fuzz-kernels: $(ENVIRONMENT)
+	PYTHON=$(RUN) bash tests/kernels/build.sh fuzz
+	mkdir -p build/kernels/corpus
+	build/kernels/fuzz/driver -max_total_time=$(FUZZ_SECONDS) -max_len=2000 build/kernels/corpus
+
+# At fixed addresses, without which older ThreadSanitizers do not start.
+RACE_CALLS ?= 2000
+race-kernels: $(ENVIRONMENT)
+	PYTHON=$(RUN) bash tests/kernels/build.sh threads
+	setarch -R build/kernels/threads/driver $(RACE_CALLS)
 
 # What needs a card, within 9 minutes: build for it, tests on it, compute-sanitizer, benchmark. Installs nothing if VENV=.
 gpu: $(ENVIRONMENT)

@@ -2,9 +2,6 @@
 
 import subprocess
 import sys
-import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +10,12 @@ from layouts import LAYOUTS, each_layout
 from models import IMAGE, MODELS
 from test_compile import lie
 from test_gradients import TRANSFORMS, differentiable
+from threads import run_together
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
 
 import normops
-from normops import _C, acceleration
+from normops import _C
 
 F = torch.nn.functional
 ATEN = torch.ops.aten
@@ -441,24 +439,6 @@ def test_nesting_and_switch():
     assert not on_engines(call)
 
 
-def test_switch_in_several_threads(monkeypatch):
-    """It is turned once, even if a thread comes to it while another is turning it."""
-    turned = []
-
-    def turn(on):
-        time.sleep(0.05)  # the others come
-        turned.append(on)
-
-    monkeypatch.setattr(acceleration, "_C", SimpleNamespace(accelerate=turn))
-    threads = [threading.Thread(target=normops.accelerate, args=(True,)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    normops.accelerate(False)
-    assert turned == [True, False]
-
-
 def test_decorator_and_reuse():
     block = normops.accelerate()
     with block, block:
@@ -501,14 +481,6 @@ def test_threads():
     """Blocks begin and end in some threads while others compute forward and backward: every result is right."""
     x = torch.randn(64, 33)
     expected = torch.autograd.functional.vjp(lambda x: F.layer_norm(x, (33,)), x, torch.ones_like(x))
-    stop, failures = threading.Event(), []
-
-    def guarded(work):
-        try:
-            while not stop.is_set():
-                work()
-        except BaseException as error:
-            failures.append(error)
 
     def compute():
         ours = torch.autograd.functional.vjp(lambda x: F.layer_norm(x, (33,)), x, torch.ones_like(x))
@@ -518,12 +490,5 @@ def test_threads():
         with normops.accelerate(), normops.accelerate():
             compute()
 
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in (compute, compute, toggle, toggle)]
-    for thread in threads:
-        thread.start()
-    stop.wait(1.5)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    run_together(1.5, compute, compute, toggle, toggle)
     assert not on_engines(call)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from cases import CASES
 from ranks import Ranks
 from test_distributed import same_on_all_ranks
+from threads import run_together
 
 import normops
 from normops._ops import _C
@@ -59,14 +60,6 @@ def test_threads_of_everything(threads):
     """Forward and backward of everything, while other threads switch acceleration and the number of threads."""
     calls = list(samples())
     plain = [sample.results(TORCH, grad=grad) for sample, grad, _ in calls]
-    stop, failures = threading.Event(), []
-
-    def guarded(work):
-        try:
-            while not stop.is_set():
-                work()
-        except BaseException as error:
-            failures.append(error)
 
     def ours():
         assert right(calls)
@@ -87,14 +80,7 @@ def test_threads_of_everything(threads):
             torch.set_num_threads(count)
             ours()
 
-    workers = [threading.Thread(target=guarded, args=(work,)) for work in (ours, ours, theirs, switch, switch, resize)]
-    for worker in workers:
-        worker.start()
-    stop.wait(2)
-    stop.set()
-    for worker in workers:
-        worker.join()
-    assert not failures, failures
+    run_together(2, ours, ours, theirs, switch, switch, resize)
     assert not on_engines() and right(calls)
 
 

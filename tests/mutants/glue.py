@@ -251,4 +251,12 @@ FAULTS = [
         "    return {output, rstd};\n",
         "test_accelerate.py -k 'operators and not emulated'",
     ),
+    Fault(
+        "switch_that_forgets",
+        "state not kept",
+        "csrc/accelerate.cpp",
+        "  is_on = on;\n",
+        "",
+        "test_accelerate.py -k 'switch and not emulated'",
+    ),
 ]

@@ -171,12 +171,4 @@ FAULTS = [
         "    if negative_slope > 1:\n",
         "test_fusion.py -k 'modules and not emulated'",
     ),
-    Fault(
-        "switch_without_a_lock",
-        "lock left out",
-        "normops/acceleration.py",
-        "    with _lock:\n",
-        "    if True:\n",
-        "test_accelerate.py -k 'switch or threads'",
-    ),
 ]

@@ -177,7 +177,7 @@ FAULTS = [
         "csrc/autograd/row.cpp",
         "if (!grads[0].defined()) return {grads[1], grads[1], {}, {}, {}, {}, {}, {}};",
         "if (!grads[0].defined()) return {grads[1], {}, {}, {}, {}, {}, {}, {}};",
-        "test_fusion.py -k 'add and not emulated'",
+        "test_sums.py -k 'one_gradient and not emulated'",
     ),
     Fault(
         "bias_for_residual",
@@ -225,7 +225,7 @@ FAULTS = [
         "csrc/autograd/composition.cpp",
         "    if (defined(extras.grad_sum)) dx = dx + x.view(*extras.grad_sum);\n",
         "",
-        "test_fusion.py test_gradients.py -k 'add and not emulated'",
+        "test_sums.py -k 'not emulated'",
     ),
     Fault(
         "mean_of_what_was_kept",

@@ -46,7 +46,7 @@ FAULTS = [
     Fault(
         "masked_residual_gradient",
         "mask",
-        "csrc/cpu/channel.cpp",
+        "csrc/cpu/channel_operators.cpp",
         "      if (flags.defined()) dresidual.masked_fill_(mask->unsqueeze(1).logical_not(), 0);\n",
         "",
         "test_masks.py -k 'epilogues and not emulated'",
@@ -54,7 +54,7 @@ FAULTS = [
     Fault(
         "last_flag_of_a_mask",
         "mask",
-        "csrc/cpu/channel.cpp",
+        "csrc/cpu/channel_operators.cpp",
         "std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel())",
         "std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel() - 1)",
         "test_masks.py -k '(equals_layer or shapes) and not emulated'",
@@ -62,7 +62,7 @@ FAULTS = [
     Fault(
         "first_group_of_every_row",
         "off-by-one group",
-        "csrc/cpu/channel.cpp",
+        "csrc/cpu/regions.h",
         "f(row, row * g.num_groups + c / g.group_size(), c);",
         "f(row, row * g.num_groups + (c + 1) / g.group_size(), c);",
         "test_forward.py -k 'not emulated'",

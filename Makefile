@@ -8,6 +8,7 @@
 # make gpu      builds, tests and measures on the card at hand
 # make dist     a source archive and a wheel, installed and tried
 # make test-torches    builds and tests with every torch from 2.11 on; takes an hour and 20 GB
+# make fuzz     the property tests with ever new examples, for FUZZ_SECONDS (an hour)
 # make nightly  what is too much for every commit
 #
 # All set up everything they need in a virtual environment first; a second run rebuilds only what changed.
@@ -34,7 +35,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-models docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev cuda cuda-clang gpu lint format package dist fuzz nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -127,6 +128,11 @@ dist: $(ENVIRONMENT)
 TORCHES ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 test-torches:
 	$(PYTHON) tests/torches.py $(TORCHES)
+
+# TEST_ARGS="-k emulated" for the CUDA kernels alone.
+export FUZZ_SECONDS ?= 3600
+fuzz: build
+	$(RUN) tests/fuzz.py $(TEST_ARGS)
 
 # All architectures, all instruction sets, another order of the tests, other numbers of threads.
 nightly: build package dist

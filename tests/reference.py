@@ -45,7 +45,7 @@ def _affine(x, weight, bias):
 
 def _per_channel(parameter):
     """(C), or (N, C), as it lies in (N, C, S)."""
-    return None if parameter is None else parameter.double().reshape(-1, parameter.shape[-1], 1)
+    return None if parameter is None else parameter.double().unsqueeze(-1)
 
 
 def _channel_norm(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps, frozen):
@@ -116,8 +116,9 @@ def instance_norm(
 @_without_padding
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, frozen=False, **extras):
     samples, channels = input.shape[:2]
-    groups = input.double().reshape(samples, num_groups, input[0].numel() // num_groups)
-    x = _standardized(groups, (2,), eps, frozen=frozen).reshape(samples, channels, -1)
+    positions = math.prod(input.shape[2:])
+    groups = input.double().reshape(samples, num_groups, channels // num_groups * positions)
+    x = _standardized(groups, (2,), eps, frozen=frozen).reshape(samples, channels, positions)
     return _finished(_affine(x, _per_channel(weight), _per_channel(bias)).reshape(input.shape), **extras)
 
 

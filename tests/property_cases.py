@@ -87,9 +87,7 @@ def least_dims(case):
 def samples(draw, cases=tuple(CASES), dtypes=tuple(DTYPES), plain=False):
     """Calls; ``plain`` ones have neither an activation nor anything else that torch does not have."""
     case = draw(st.sampled_from(cases))
-    shape = draw(shapes(least_dims(case)))
-    if math.prod(shape):
-        shape = case.enough(shape)
+    shape = case.enough(draw(shapes(least_dims(case))))
     if case.op == "group_norm" and shape[1] == 0:  # which no number of groups divides
         shape = (shape[0], 1, *shape[2:])
         shape = case.enough(shape)
@@ -123,12 +121,10 @@ def extended(draw, sample):
     if case.row_dims and draw(st.booleans()):
         fixed["weight_offset"] = draw(st.sampled_from([1.0, -0.5]))
     if draw(st.integers(0, 3)) == 0:
-        for name in set(parameters) - {"residual"}:
-            own = (
-                shape[:1]
-                if not case.row_dims
-                else [draw(st.sampled_from([1, size])) for size in shape[: len(shape) - case.row_dims]]
-            )
+        own = shape[:1]
+        if case.row_dims:  # weight and bias have to differ along the same dimensions
+            own = [draw(st.sampled_from([1, size])) for size in shape[: -case.row_dims]]
+        for name in sorted(set(parameters) - {"residual"}):
             like = {"dtype": parameters[name].dtype}
             parameters[name] = torch.randn(*own, *case.parameter_shape(shape), **like).requires_grad_()
     if not case.row_dims and len(shape) > 2 and math.prod(shape) and draw(st.integers(0, 3)) == 0:
@@ -158,6 +154,8 @@ class Sizes:
 
     xhat: float  # what is normalized
     slope: float  # rstd * weight
+    weight: float
+    center: float  # the error of xhat that the reference's own mean brings about: its sum is rounded in float64
     z: torch.Tensor  # what an activation is applied to
     terms: float  # the sum of the absolute values of what z is a sum of
 
@@ -172,16 +170,23 @@ def largest(tensor):
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
+def _scale(sample):
+    """How large the output is, and its derivative where the statistics are constants."""
+    output = sample.run(reference, frozen=True)
+    (slope,) = torch.autograd.grad(output.sum(), sample.input)
+    return largest(output.detach()), largest(slope)
+
+
 def sizes(exact):
     nothing = dict.fromkeys(["activation", "negative_slope"])
     z = _without(exact, **nothing).run(reference).detach()
-    alone = _without(exact, bias=None, residual=None, **nothing)
-    scaled = alone.run(reference, frozen=True)
-    (slope,) = torch.autograd.grad(scaled.sum(), alone.input)
-    xhat = largest(_without(exact, weight=None, bias=None, residual=None, **nothing).run(reference).detach())
-    terms = largest(scaled.detach())
+    (terms, slope), (xhat, rstd) = (
+        _scale(_without(exact, bias=None, residual=None, **nothing, **more)) for more in ({}, {"weight": None})
+    )
+    center = 16 * torch.finfo(torch.float64).eps * largest(exact.input.detach()) * rstd
+    weight = slope / rstd if rstd else 0.0
     terms += sum(largest(exact.parameters[name].detach()) for name in ("bias", "residual") if name in exact.parameters)
-    return Sizes(xhat, largest(slope), z, terms)
+    return Sizes(xhat, slope, weight, center, z, terms)
 
 
 def _reduced(case, terms, parameter):
@@ -201,6 +206,7 @@ def check_errors(sample):
     - in the arithmetic: the 8 roundings and the chains of 256 sums of ``comparison.tolerance``, of the terms that a
       result is the sum of. Those of dx are rstd * weight * dz times one, the mean of others, and xhat * mean(xhat * .),
       where the mean of |xhat| is at most one: 2 + max |xhat|. Those of parameters' gradients are summed up;
+    - of the reference, whose mean is no finer than float64 has it: ``Sizes.center``;
     - behind an activation: its slope, and its change of slope times the error of z, relative to z;
     - dz is rounded to the dtype of the input in between, if there is an activation;
     - memory-efficient: xhat as the rounded output has it, whose bias is less than 4 times the weight, and whose elu has
@@ -221,12 +227,12 @@ def check_errors(sample):
     expected = exact.results(reference, grad.double())
     assert results.keys() == expected.keys()
 
-    dz = grad.double().abs() * (1 if activation is None else STEEPEST * (1 + size.terms))
-    through = unit + (torch.finfo(dtype).eps if activation else 0)
+    dz = grad.double().abs() * (1 if activation is None else STEEPEST * (1 + size.terms + size.weight))
+    through = unit + size.center + (torch.finfo(dtype).eps if activation else 0)
     if sample.fixed.get("memory_efficient"):
         through += torch.finfo(dtype).eps * (size.xhat + 4) * (256 if activation == "elu" else 1)
     allowed = {
-        "output": unit * size.terms * (STEEPEST if activation else 1),
+        "output": (unit * size.terms + size.center * size.weight) * (STEEPEST if activation else 1),
         "grad_input": through * size.slope * largest(dz) * (2 + size.xhat),
         "grad_residual": through * largest(dz),
     }

@@ -44,8 +44,10 @@ def _affine(x, weight, bias):
 
 
 def _per_channel(parameter):
-    """(C), or (N, C), as it lies in (N, C, S)."""
-    return None if parameter is None else parameter.double().unsqueeze(-1)
+    """(C), or (N, C), as it lies in (N, C, S); so is what lies there already."""
+    if parameter is None:
+        return None
+    return parameter.double() if parameter.dim() == 3 else parameter.double().unsqueeze(-1)
 
 
 def _channel_norm(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps, frozen):
@@ -78,11 +80,12 @@ def _without_padding(function):
         for piece in pieces:
             if piece.any():
                 own = None if residual is None else _alone(residual, piece)
-                of_sample = dict(kwargs)
+                here = dict(kwargs)
                 for name in ("weight", "bias"):
                     if kwargs.get(name) is not None and kwargs[name].dim() == 2:
-                        of_sample[name] = kwargs[name][piece.flatten(1).any(1)]
-                y = function(_alone(input, piece), *args, residual=own, **of_sample)
+                        everywhere = kwargs[name].view(*input.shape[:2], *[1] * (input.dim() - 2)).expand_as(input)
+                        here[name] = _alone(everywhere, piece)
+                y = function(_alone(input, piece), *args, residual=own, **here)
                 output = output.masked_scatter(piece.unsqueeze(-1), y.squeeze(0).T)
         return output.movedim(-1, 1)
 

@@ -8,10 +8,13 @@ import torch
 from cases import CASES, MODULES
 from hypothesis import given, note
 from hypothesis import strategies as st
-from property_cases import bounded, check_errors, describe, samples, shapes
+from property_cases import FUZZING, bounded, check_errors, describe, samples, shapes
 
 import normops
 import normops.functional as F
+
+if not FUZZING:  # the emulator takes too long for every run of the suite
+    pytestmark = pytest.mark.real_device
 
 INDEPENDENT = [case for case in CASES if not case.over_batch]
 CENTRED = [case for case in CASES if not case.given_stats and case.op != "rms_norm"]

@@ -11,6 +11,7 @@
 # make mutants  plants small faults, one at a time, which the tests have to catch; takes an hour
 # make sanitize    the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer; takes an hour of one core
 # make fuzz-kernels, race-kernels    its kernels under libFuzzer (clang) and under ThreadSanitizer
+# make fuzz     the property tests with ever new examples, for FUZZ_SECONDS (an hour)
 # make nightly  what is too much for every commit
 #
 # All set up everything they need in a virtual environment first; a second run rebuilds only what changed.
@@ -38,7 +39,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-models docs test test-models test-torches build dev sanitize fuzz-kernels race-kernels cuda cuda-clang gpu lint format package dist mutants nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev sanitize fuzz-kernels race-kernels cuda cuda-clang gpu lint format package dist mutants fuzz nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -152,6 +153,11 @@ test-torches:
 # All faults, or those that MUTANTS names; MUTANTS="5 3f2a" draws five by a seed, such as the hash of a commit.
 mutants: build
 	$(RUN) -m tests.mutants $(MUTANTS)
+
+# TEST_ARGS="-k emulated" for the CUDA kernels alone.
+export FUZZ_SECONDS ?= 3600
+fuzz: build
+	$(RUN) tests/fuzz.py $(TEST_ARGS)
 
 # All architectures, all instruction sets, another order of the tests, other numbers of threads.
 nightly: build package dist

@@ -44,8 +44,10 @@ def _affine(x, weight, bias):
 
 
 def _per_channel(parameter):
-    """(C), or (N, C), as it lies in (N, C, S)."""
-    return None if parameter is None else parameter.double().reshape(-1, parameter.shape[-1], 1)
+    """(C), or (N, C), as it lies in (N, C, S); so is what lies there already."""
+    if parameter is None:
+        return None
+    return parameter.double() if parameter.dim() == 3 else parameter.double().unsqueeze(-1)
 
 
 def _channel_norm(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps, frozen):
@@ -78,11 +80,12 @@ def _without_padding(function):
         for piece in pieces:
             if piece.any():
                 own = None if residual is None else _alone(residual, piece)
-                of_sample = dict(kwargs)
+                here = dict(kwargs)
                 for name in ("weight", "bias"):
                     if kwargs.get(name) is not None and kwargs[name].dim() == 2:
-                        of_sample[name] = kwargs[name][piece.flatten(1).any(1)]
-                y = function(_alone(input, piece), *args, residual=own, **of_sample)
+                        everywhere = kwargs[name].view(*input.shape[:2], *[1] * (input.dim() - 2)).expand_as(input)
+                        here[name] = _alone(everywhere, piece)
+                y = function(_alone(input, piece), *args, residual=own, **here)
                 output = output.masked_scatter(piece.unsqueeze(-1), y.squeeze(0).T)
         return output.movedim(-1, 1)
 
@@ -116,8 +119,9 @@ def instance_norm(
 @_without_padding
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, frozen=False, **extras):
     samples, channels = input.shape[:2]
-    groups = input.double().reshape(samples, num_groups, input[0].numel() // num_groups)
-    x = _standardized(groups, (2,), eps, frozen=frozen).reshape(samples, channels, -1)
+    positions = math.prod(input.shape[2:])
+    groups = input.double().reshape(samples, num_groups, channels // num_groups * positions)
+    x = _standardized(groups, (2,), eps, frozen=frozen).reshape(samples, channels, positions)
     return _finished(_affine(x, _per_channel(weight), _per_channel(bias)).reshape(input.shape), **extras)
 
 

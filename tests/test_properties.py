@@ -1,0 +1,182 @@
+"""Calls that nobody has thought of: drawn by hypothesis, compared with the reference, and held to what has to be so."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import CASES, MODULES
+from hypothesis import given, note
+from hypothesis import strategies as st
+from property_cases import FUZZING, bounded, check_errors, describe, samples, shapes
+
+import normops
+import normops.functional as F
+
+if not FUZZING:  # the emulator takes too long for every run of the suite
+    pytestmark = pytest.mark.real_device
+
+INDEPENDENT = [case for case in CASES if not case.over_batch]
+CENTRED = [case for case in CASES if not case.given_stats and case.op != "rms_norm"]
+COMPUTED = [case for case in CASES if not case.given_stats]
+
+
+def noted(sample):
+    note(describe(sample))
+    return sample
+
+
+@bounded(150)
+@given(st.data())
+def test_reference(device, data):
+    check_errors(noted(data.draw(samples())))
+
+
+@pytest.mark.real_device
+@bounded(60)
+@given(st.data(), st.sampled_from([2, 3]))
+def test_threads(device, threads, data, count):
+    """change no bit."""
+    sample = noted(data.draw(samples()))
+    grad = torch.randn_like(sample.input)
+    threads(1)
+    expected = sample.results(grad=grad)
+    threads(count)
+    for name, result in sample.results(grad=grad).items():
+        torch.testing.assert_close(result, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@bounded(60)
+@given(st.data())
+def test_samples(device, data):
+    """Permuted they keep their bits, and so does each without the others."""
+    sample = noted(data.draw(samples(INDEPENDENT, plain=True)))
+    x = sample.input.detach()
+    one_each = sample.case.op == "group_norm" and x[:1].numel() == sample.fixed["num_groups"]  # an error, if alone
+    if x.dim() <= (sample.case.row_dims or 1) or not x.numel() or one_each:
+        return
+    x = x.contiguous()
+    grad = torch.randn_like(x)
+    results = sample.with_input(x).results(grad=grad)
+    order = torch.randperm(len(x))
+    permuted = sample.with_input(x[order]).results(grad=grad[order])
+    first = sample.with_input(x[:1]).results(grad=grad[:1])
+    for name in ("output", "grad_input"):
+        assert torch.equal(permuted[name], results[name][order]), name
+        assert torch.equal(first[name], results[name][:1]), name
+
+
+@bounded(60)
+@given(st.data())
+def test_channels(device, data):
+    """A channel is normalized as it would be with others beside it, or in another place."""
+    cases = [case for case in CASES if case.op in ("batch_norm", "instance_norm")]
+    sample = noted(data.draw(samples(cases, plain=True)))
+    order = torch.randperm(sample.input.shape[1])
+
+    def permuted(value):
+        return (
+            value if not isinstance(value, torch.Tensor) else value.detach()[order].requires_grad_(value.requires_grad)
+        )
+
+    other = copy.copy(sample.with_input(sample.input.detach()[:, order]))
+    other.parameters = {name: permuted(value) for name, value in sample.parameters.items()}
+    other.fixed = {name: permuted(value) for name, value in sample.fixed.items()}
+    check_errors(other)
+    other = sample.with_input(sample.input.detach().contiguous())
+    if sample.input.dim() > 2 and sample.case.op == "instance_norm" and sample.input.numel():
+        permuted_input = other.with_input(other.input.detach()[:, order])
+        permuted_input.parameters = {name: permuted(value) for name, value in sample.parameters.items()}
+        permuted_input.fixed = {name: permuted(value) for name, value in sample.fixed.items()}
+        assert torch.equal(permuted_input.run(), other.run()[:, order])
+
+
+@bounded(60)
+@given(st.data(), st.integers(-8, 8))
+def test_scaled(device, data, power):
+    """Powers of four change no digit, if eps is scaled along."""
+    sample = noted(data.draw(samples(COMPUTED, [torch.float32, torch.float64], plain=True)))
+    x = sample.input.detach().contiguous()  # since the product would be: another layout is summed in another order
+    sample.fixed["eps"] = 2.0**-10
+    expected = sample.with_input(x).run()
+    sample.fixed["eps"] = 2.0 ** (-10 + 4 * power)
+    scaled = sample.with_input(x * 4.0**power).run()
+    torch.testing.assert_close(scaled, expected, rtol=0, atol=0)
+
+
+@bounded(60)
+@given(st.data(), st.integers(-3, 3))
+def test_shifted(device, data, shift):
+    """Integers stay exact when they are shifted: what is normalized is the same, and so is the reference."""
+    sample = noted(data.draw(samples(CENTRED, [torch.float32, torch.float64], plain=True)))
+    x = torch.randint(-50, 50, sample.input.shape).to(sample.input.dtype)
+    for input in (x, x + 10.0**shift // 1):
+        check_errors(sample.with_input(input))
+    sample.fixed["eps"] = 1e-3
+    expected, moved = (sample.with_input(input).run().double() for input in (x, x + 1000 * shift))
+    # As far from each other as either may be from the reference: |xhat| is at most the root of the count.
+    unit = torch.finfo(x.dtype).eps / 2 * (16 if x.dtype == torch.float64 else 1) * 72
+    terms = math.sqrt(x.numel()) * max([1.0, *(p.abs().max().item() for p in sample.parameters.values() if p.numel())])
+    assert not x.numel() or (expected - moved).abs().max() <= 2 * unit * 2 * terms
+
+
+@bounded(60)
+@given(shapes(3), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.integers(0, 2**31))
+def test_groups(device, shape, dtype, seed):
+    """As many groups as channels are instance norm to the bit; one group is layer norm of the sample."""
+    torch.manual_seed(seed)
+    if 0 in shape[1:] or math.prod(shape[2:]) < 2:
+        return
+    x = torch.randn(shape).to(dtype)
+    assert torch.equal(F.group_norm(x, shape[1]), F.instance_norm(x))
+    one, rows = F.group_norm(x, 1).double(), F.layer_norm(x, shape[1:]).double()
+    eps = torch.finfo(dtype).eps
+    arithmetic = 72 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    torch.testing.assert_close(one, rows, rtol=eps + arithmetic, atol=arithmetic)
+
+
+@bounded(60)
+@given(
+    st.sampled_from(COMPUTED),
+    shapes(3, 4).filter(lambda shape: 0 not in shape),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.sampled_from([0.0, 1.0, 3.0, -0.1, 1000.1]),
+    st.integers(0, 2**31),
+)
+def test_constants(device, case, shape, dtype, value, seed):
+    """Without variance the error of dx is bounded by rstd * |dy| * eps for each statistic, where dx is zero too."""
+    torch.manual_seed(seed)
+    sample = case.sample(case.enough(shape), dtype, names=[])
+    sample = sample.with_input(torch.full_like(sample.input, value))
+    check_errors(sample)
+    grad = torch.ones_like(sample.input)  # whose mean is itself: without a mean of squares the gradient is zero
+    dx = sample.results(grad=grad)["grad_input"]
+    exact = 0.0
+    if case.op == "rms_norm":
+        eps = sample.double().fixed["eps"]
+        square = sample.input.detach().double().square().mean()
+        exact = eps / (square + eps) ** 1.5
+    slope = 1 / math.sqrt((sample.double().fixed.get("eps") or 1e-5) + (value**2 if case.op == "rms_norm" else 0))
+    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2 * (16 if dtype == torch.float64 else 1)
+    allowed = 3 * 72 * unit * slope + torch.finfo(dtype).eps * abs(float(exact)) + torch.finfo(dtype).smallest_normal
+    assert (dx.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.real_device
+@bounded(40)
+@given(st.sampled_from(MODULES), st.booleans(), st.integers(0, 2**31))
+def test_convert_and_revert(device, case, training, seed):
+    """The same module with the same state, and torch's bits again."""
+    torch.manual_seed(seed)
+    original = case.make(torch.nn).train(training)
+    for parameter in original.parameters():
+        torch.nn.init.normal_(parameter)
+    module = copy.deepcopy(original)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    assert normops.convert(module) is module and type(module) is not type(original)
+    normops.revert(module)
+    assert type(module) is type(original) and module.training == training
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    if case.name != "SyncBatchNorm":
+        x = torch.randn(case.shape)
+        assert torch.equal(module(x), original(x))

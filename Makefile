@@ -11,6 +11,7 @@
 # make mutants  plants small faults, one at a time, which the tests have to catch; takes an hour
 # make sanitize    the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer; takes an hour of one core
 # make fuzz-kernels, race-kernels    its kernels under libFuzzer (clang) and under ThreadSanitizer
+# make big      tensors of more than 2^31 elements; takes up to 16 GiB
 # make fuzz     the property tests with ever new examples, for FUZZ_SECONDS (an hour)
 # make nightly  what is too much for every commit
 #
@@ -39,7 +40,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-models docs test test-models test-torches build dev sanitize fuzz-kernels race-kernels cuda cuda-clang gpu lint format package dist mutants fuzz nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev sanitize fuzz-kernels race-kernels cuda cuda-clang gpu lint format package dist mutants fuzz big nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -153,6 +154,10 @@ test-torches:
 # All faults, or those that MUTANTS names; MUTANTS="5 3f2a" draws five by a seed, such as the hash of a commit.
 mutants: build
 	$(RUN) -m tests.mutants $(MUTANTS)
+
+# Tensors and rows of more than 2^31 elements: up to 16 GiB, a case at a time.
+big: build
+	$(RUN) tests/big.py
 
 # TEST_ARGS="-k emulated" for the CUDA kernels alone.
 export FUZZ_SECONDS ?= 3600

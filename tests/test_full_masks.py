@@ -75,3 +75,15 @@ def test_running_statistics(op, device):
         running = [part.clone() for part in start]
         getattr(F, op)(x, *running, mask=mask, **options)
         torch.testing.assert_close(running, expected, rtol=0 if device == "cpu" else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("position", [0, -1], ids=["first", "last"])
+@each_channel_case
+def test_one_position_of_many(case, position, device):
+    """A mask of one position, at either end, is a mask."""
+    sample = case.sample(device=device)
+    mask = torch.ones((SHAPE[0], *SHAPE[2:]), dtype=torch.bool, device=device)
+    mask.view(-1)[position] = False
+    output = sample.run(mask=mask)
+    channel = output.movedim(1, -1).reshape(-1, SHAPE[1])
+    assert not channel[position].any() and channel.count_nonzero() == output.numel() - SHAPE[1]

@@ -111,6 +111,17 @@ def test_sum_with_one_gradient(case, device):
 
 
 @each_row_case
+def test_sum_with_gradients_that_are_recorded(case, device):
+    """They are those that are not, which gradgradcheck does not ask."""
+    sample, leaves = added(case, device)
+    outputs = run_added(sample, F)
+    grads = [torch.randn_like(output) for output in outputs]
+    expected = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    recorded = torch.autograd.grad(outputs, leaves, grads, create_graph=True)
+    torch.testing.assert_close([grad.detach() for grad in recorded], list(expected), rtol=1e-4, atol=1e-4)
+
+
+@each_row_case
 def test_sum_gradcheck(case, device):
     sample = fused(case, None, True, (3, 4, 5), dtype=torch.float64, device=device)
     names = list(sample.parameters)

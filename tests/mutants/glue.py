@@ -57,7 +57,7 @@ FAULTS = [
         "csrc/cpu/channel_operators.cpp",
         "std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel())",
         "std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel() - 1)",
-        "test_masks.py -k '(equals_layer or shapes) and not emulated'",
+        "test_full_masks.py -k 'one_position and not emulated'",
     ),
     Fault(
         "first_group_of_every_row",

@@ -82,6 +82,16 @@ def test_widths(case, dtype, device):
             check(sample.with_input(sample.input.detach().contiguous(memory_format=torch.channels_last)))
 
 
+@pytest.mark.real_device
+@each_memory_format
+@each_channel_case
+def test_many_channels(case, memory_format, device):
+    """Lines are walked in blocks of 2048 channels, each with coefficients of its own."""
+    sample = case.sample(case.enough((3, 4100, 2, 2)), device=device)
+    own_means = sample.input.detach() + torch.arange(4100.0, device=device).view(-1, 1, 1) % 7
+    check(sample.with_input(own_means.contiguous(memory_format=memory_format)))
+
+
 @pytest.mark.parametrize("size", [4095, 4096, 4097, 10000])
 @each_case
 def test_chunks(case, size, device):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SHAPE, each_case
+from cases import SHAPE, each_case, each_channel_case
 from comparison import check
 from layouts import LAYOUTS, each_layout, each_memory_format
 
@@ -84,3 +84,15 @@ def test_parameters_that_begin_anywhere(case, device):
         longer = torch.nn.functional.pad(parameter.detach().flatten(), (1, 0))
         sample.parameters[name] = longer[1:].view_as(parameter).requires_grad_()
     check(sample)
+
+
+@pytest.mark.real_device
+@pytest.mark.parametrize("shape", [(64, 6, 5, 7), (1, 6, 5, 7), (9, 6, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "sliced rows"])
+@each_channel_case
+def test_small_planes(case, layout, shape, device):
+    """Of many samples, which may be walked as one line; of one; and of one position."""
+    sample = case.sample(case.enough(shape), device=device)
+    x = sample.input.detach()
+    # Of the sliced rows each plane lies in one piece, and there are gaps between planes.
+    check(sample.with_input(torch.cat([x, x], 2)[:, :, : shape[2]] if layout == "sliced rows" else LAYOUTS[layout](x)))

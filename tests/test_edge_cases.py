@@ -205,6 +205,16 @@ def test_unlike_the_others(case, where, memory_format, device):
     check(sample.with_input(far.contiguous(memory_format=memory_format)))
 
 
+@each_memory_format
+@each_channel_case
+def test_unlike_the_others_in_step(case, memory_format, device):
+    """All lines that the guess is made of are, as they come at regular distances; so wide that none are joined."""
+    sample = case.sample((1, 1200, 8, 8), torch.bfloat16, device=device)
+    far = sample.input.detach() + 1e4
+    far[..., ::8] = 0
+    check(sample.with_input(far.contiguous(memory_format=memory_format)))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.14159, 1e4])
 @each_memory_format
 @each_case

@@ -8,8 +8,8 @@
 # make gpu      builds, tests and measures on the card at hand
 # make dist     a source archive and a wheel, installed and tried
 # make test-torches    builds and tests with every torch from 2.11 on; takes an hour and 20 GB
-# make mutants  plants small faults, one at a time, which the tests have to catch; takes an hour
-# make sanitize    the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer; takes an hour of one core
+# make mutants  plants small faults, one at a time, which the tests have to catch
+# make sanitize    the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer
 # make fuzz-kernels, race-kernels    its kernels under libFuzzer (clang) and under ThreadSanitizer
 # make big      tensors of more than 2^31 elements; takes up to 16 GiB
 # make fuzz     the property tests with ever new examples, for FUZZ_SECONDS (an hour)
@@ -78,7 +78,7 @@ SANITIZE_ARGS ?=
 sanitize: $(ENVIRONMENT)
 	$(RUN) tests/sanitize.py $(SANITIZE_ARGS)
 
-FUZZ_SECONDS ?= 600
+fuzz-kernels: FUZZ_SECONDS ?= 600
 fuzz-kernels: $(ENVIRONMENT)
 	PYTHON=$(RUN) bash tests/kernels/build.sh fuzz
 	mkdir -p build/kernels/corpus
@@ -160,7 +160,7 @@ big: build
 	$(RUN) tests/big.py
 
 # TEST_ARGS="-k emulated" for the CUDA kernels alone.
-export FUZZ_SECONDS ?= 3600
+fuzz: export FUZZ_SECONDS ?= 3600
 fuzz: build
 	$(RUN) tests/fuzz.py $(TEST_ARGS)
 

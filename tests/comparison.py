@@ -6,6 +6,16 @@ import reference
 import torch
 
 
+def roundoff(input_dtype):
+    """Half a unit in the last place of the arithmetic of an input.
+
+    In float64 the statistics are no finer than the arithmetic, and the reference no finer than the result: 16 times as
+    much leaves room for means that are many deviations from zero.
+    """
+    arithmetic = torch.promote_types(input_dtype, torch.float32)
+    return torch.finfo(arithmetic).eps / 2 * (16 if arithmetic == torch.float64 else 1)
+
+
 def tolerance(result_dtype, input_dtype, terms):
     """The error allowed to a result, relative to the size of the terms it is made of.
 
@@ -17,12 +27,8 @@ def tolerance(result_dtype, input_dtype, terms):
       goes on in float64. Rounding errors of such a chain behave like independent ones (Higham and Mary, "A new approach
       to probabilistic rounding error analysis", 2019): the loss grows with the root of its length; 4 standard
       deviations leave room for the largest of many elements.
-    - In float64 the statistics are no finer than the arithmetic, and the reference no finer than the result: 16 times
-      as much leaves room for means that are many deviations from zero.
     """
-    arithmetic = torch.promote_types(input_dtype, torch.float32)
-    unit = torch.finfo(arithmetic).eps / 2 * (16 if arithmetic == torch.float64 else 1)
-    return torch.finfo(result_dtype).eps / 2 + unit * (8 + 4 * math.sqrt(min(terms, 256)))
+    return torch.finfo(result_dtype).eps / 2 + roundoff(input_dtype) * (8 + 4 * math.sqrt(min(terms, 256)))
 
 
 def describe(tensor):

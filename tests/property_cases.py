@@ -7,6 +7,7 @@ import os
 import reference
 import torch
 from cases import CASES, DTYPES, Sample
+from comparison import largest, roundoff
 from fusion_cases import ACTIVATIONS, extras
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -144,6 +145,8 @@ def extended(draw, sample):
 
 
 KINKS = {"relu": [0], "relu6": [0, 6], "leaky_relu": [0], "hardswish": [-3, 3]}
+# Those of the arithmetic and of a chain of 256 terms, as in comparison.tolerance.
+ROUNDINGS = 8 + 4 * 16
 # No derivative of an activation is larger, nor a second one where there is one.
 STEEPEST = 1.5
 
@@ -164,10 +167,6 @@ def _without(exact, **changes):
     parameters = {name: value for name, value in exact.parameters.items() if name not in changes}
     fixed = {name: value for name, value in exact.fixed.items() if name not in (*changes, "memory_efficient")}
     return Sample(exact.case, exact.input.detach().requires_grad_(), parameters, fixed)
-
-
-def largest(tensor):
-    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def _scale(sample):
@@ -217,8 +216,7 @@ def check_errors(sample):
     size = sizes(exact)
     activation = sample.fixed.get("activation")
     dtype = sample.input.dtype
-    arithmetic = torch.promote_types(dtype, torch.float32)
-    unit = torch.finfo(arithmetic).eps / 2 * (16 if arithmetic == torch.float64 else 1) * (8 + 4 * 16)
+    unit = roundoff(dtype) * ROUNDINGS
     grad = torch.randn(sample.input.shape).to(dtype)
     for kink in KINKS.get(activation, ()):  # on which side of it z is, roundings decide
         grad[(size.z - kink).abs() <= 4 * unit * (size.terms + abs(kink))] = 0

@@ -48,11 +48,11 @@ def on_engines():
     return any(event.name.startswith("normops::") for event in profile.events())
 
 
-def run(code, *arguments, **options):
-    """Runs Python code in a process of its own, which has 60 seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+def run(code, *arguments, **environment):
+    """Runs Python code in a process of its own, which has 60 seconds, with more in its environment."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.real_device
@@ -203,9 +203,7 @@ print("done")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_out_of_memory():
     """In each allocation of a forward and a backward: an error, and the next call is right."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", OUT_OF_MEMORY]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    result = run(OUT_OF_MEMORY, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}", MALLOC_MMAP_THRESHOLD_="65536")
     assert result.returncode == 0 and result.stdout == "done\n", result.stdout + result.stderr
 
 

@@ -1,14 +1,16 @@
 """Calls that nobody has thought of: drawn by hypothesis, compared with the reference, and held to what has to be so."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from cases import CASES, MODULES
+from comparison import roundoff
 from hypothesis import given, note
 from hypothesis import strategies as st
-from property_cases import FUZZING, bounded, check_errors, describe, samples, shapes
+from property_cases import FUZZING, ROUNDINGS, bounded, check_errors, describe, samples, shapes
 
 import normops
 import normops.functional as F
@@ -74,21 +76,20 @@ def test_channels(device, data):
     sample = noted(data.draw(samples(cases, plain=True)))
     order = torch.randperm(sample.input.shape[1])
 
-    def permuted(value):
-        return (
-            value if not isinstance(value, torch.Tensor) else value.detach()[order].requires_grad_(value.requires_grad)
-        )
+    def permuted(sample):
+        def values(tensors):
+            return {
+                name: value.detach()[order].requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
+                for name, value in tensors.items()
+            }
 
-    other = copy.copy(sample.with_input(sample.input.detach()[:, order]))
-    other.parameters = {name: permuted(value) for name, value in sample.parameters.items()}
-    other.fixed = {name: permuted(value) for name, value in sample.fixed.items()}
-    check_errors(other)
-    other = sample.with_input(sample.input.detach().contiguous())
+        other = sample.with_input(sample.input.detach()[:, order])
+        return dataclasses.replace(other, parameters=values(sample.parameters), fixed=values(sample.fixed))
+
+    check_errors(permuted(sample))
     if sample.input.dim() > 2 and sample.case.op == "instance_norm" and sample.input.numel():
-        permuted_input = other.with_input(other.input.detach()[:, order])
-        permuted_input.parameters = {name: permuted(value) for name, value in sample.parameters.items()}
-        permuted_input.fixed = {name: permuted(value) for name, value in sample.fixed.items()}
-        assert torch.equal(permuted_input.run(), other.run()[:, order])
+        dense = sample.with_input(sample.input.detach().contiguous())
+        assert torch.equal(permuted(dense).run(), dense.run()[:, order])
 
 
 @bounded(60)
@@ -115,7 +116,7 @@ def test_shifted(device, data, shift):
     sample.fixed["eps"] = 1e-3
     expected, moved = (sample.with_input(input).run().double() for input in (x, x + 1000 * shift))
     # As far from each other as either may be from the reference: |xhat| is at most the root of the count.
-    unit = torch.finfo(x.dtype).eps / 2 * (16 if x.dtype == torch.float64 else 1) * 72
+    unit = roundoff(x.dtype) * ROUNDINGS
     terms = math.sqrt(x.numel()) * max([1.0, *(p.abs().max().item() for p in sample.parameters.values() if p.numel())])
     assert not x.numel() or (expected - moved).abs().max() <= 2 * unit * 2 * terms
 
@@ -131,7 +132,7 @@ def test_groups(device, shape, dtype, seed):
     assert torch.equal(F.group_norm(x, shape[1]), F.instance_norm(x))
     one, rows = F.group_norm(x, 1).double(), F.layer_norm(x, shape[1:]).double()
     eps = torch.finfo(dtype).eps
-    arithmetic = 72 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    arithmetic = ROUNDINGS * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     torch.testing.assert_close(one, rows, rtol=eps + arithmetic, atol=arithmetic)
 
 
@@ -157,8 +158,11 @@ def test_constants(device, case, shape, dtype, value, seed):
         square = sample.input.detach().double().square().mean()
         exact = eps / (square + eps) ** 1.5
     slope = 1 / math.sqrt((sample.double().fixed.get("eps") or 1e-5) + (value**2 if case.op == "rms_norm" else 0))
-    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2 * (16 if dtype == torch.float64 else 1)
-    allowed = 3 * 72 * unit * slope + torch.finfo(dtype).eps * abs(float(exact)) + torch.finfo(dtype).smallest_normal
+    allowed = (
+        3 * ROUNDINGS * roundoff(dtype) * slope
+        + torch.finfo(dtype).eps * abs(float(exact))
+        + torch.finfo(dtype).smallest_normal
+    )
     assert (dx.double() - exact).abs().max() <= allowed
 
 

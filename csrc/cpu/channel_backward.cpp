@@ -12,16 +12,28 @@ template <typename T>
 NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, const Acc<T>* center, double* sum_dy,
                          double* sum_dy_x) {
   using A = Acc<T>;
+  const auto take = [&](int64_t c, const std::array<double, 2>& sums) {
+    sum_dy[c] = sums[0];
+    sum_dy_x[c] = sums[1];
+  };
+  const auto add_pack = [&](int64_t c, const T* dy, const T* x, auto lanes, Pack<T>* s) {
+    const Pack<T> g = Pack<T>::load(dy, lanes);
+    s[0] = s[0] + g;
+    s[1] = fmadd(g, Pack<T>::load(x, lanes) - center[c], s[1]);
+  };
   if (tile.layout == Layout::kContiguous) {
     const auto add = [&](int64_t c, int64_t j, auto lanes, Pack<T>* s) {
-      const Pack<T> g = Pack<T>::load(dy[c] + j, lanes);
-      s[0] = s[0] + g;
-      s[1] = fmadd(g, Pack<T>::load(x[c] + j, lanes) - center[c], s[1]);
+      add_pack(c, dy[c] + j, x[c] + j, lanes, s);
     };
-    sums_of_lines<T, 2>(tile.channels, tile.positions, add, [&](int64_t c, const std::array<double, 2>& sums) {
-      sum_dy[c] = sums[0];
-      sum_dy_x[c] = sums[1];
-    });
+    sums_of_lines<T, 2>(tile.channels, tile.positions, add, take);
+    return;
+  }
+  if (is_in_runs(tile)) {
+    const auto add = [&](int64_t c, int64_t position, int64_t j, auto lanes, Pack<T>* s) {
+      const int64_t at = c * tile.width + j;
+      add_pack(c, dy[position] + at, x[position] + at, lanes, s);
+    };
+    sums_of_runs<T, 2>(tile.channels, tile.positions, tile.width, add, take);
     return;
   }
   for_blocks<T>(tile, [&](const Block& block) {

@@ -14,6 +14,10 @@ NORMOPS_KERNEL moments(const Tile& tile, Lines<const T> x, double* mean, double*
     moments_of_lines(x, tile.channels, tile.positions, mean, m2);
     return;
   }
+  if (is_in_runs(tile)) {
+    moments_of_runs(x, tile.channels, tile.positions, tile.width, mean, m2);
+    return;
+  }
   for_blocks<T>(tile, [&](const Block& block) {
     double* const block_mean = mean + block.first;
     double* const block_m2 = m2 + block.first;

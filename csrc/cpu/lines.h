@@ -89,6 +89,36 @@ NORMOPS_INLINE void sums_of_lines(int64_t count, int64_t length, Term term, Take
   }
 }
 
+// Sums of kTerms quantities for each of some channels, whose elements lie in runs of equal length, one at each of some
+// positions: term(channel, position, j, lanes, sums) adds the pack at j of such a run, and take(channel, totals) gets
+// them in double. A few channels are taken together, so that memory is read in longer runs and their lanes are summed up
+// together; which they are changes no bit.
+template <typename T, int kTerms, typename Term, typename Take>
+NORMOPS_INLINE void sums_of_runs(int64_t count, int64_t positions, int64_t length, Term term, Take take) {
+  const int64_t at_once = std::max<int64_t>(1, kHalfChunk / length);
+  const auto sum = [&](int64_t first, auto channels) {
+    std::array<double, kTerms> totals[channels] = {};
+    for (int64_t from = 0; from < positions; from += at_once) {
+      const int64_t to = std::min(from + at_once, positions);
+      Pack<T> sums[channels][kTerms];
+      for (int64_t position = from; position < to; ++position) {
+        unroll<channels>([&](auto i) {
+          sweep<T>(length, [&](int64_t j, auto lanes, auto) { term(first + i, position, j, lanes, sums[i]); });
+        });
+      }
+      typename Pack<T>::Vec lanes[channels * kTerms];
+      for (int i = 0; i < channels * kTerms; ++i) lanes[i] = sums[i / kTerms][i % kTerms].sum_of_parts();
+      const auto parts = sums_of<T>(lanes);
+      for (int i = 0; i < channels * kTerms; ++i) totals[i / kTerms][i % kTerms] += parts[i];
+    }
+    for (int i = 0; i < channels; ++i) take(first + i, totals[i]);
+  };
+  constexpr int kAtOnce = NORMOPS_PLAIN ? 1 : int(kTogether<T>);
+  int64_t channel = 0;
+  for (; channel + kAtOnce <= count; channel += kAtOnce) sum(channel, std::integral_constant<int, kAtOnce>{});
+  for (; channel < count; ++channel) sum(channel, std::integral_constant<int, 1>{});
+}
+
 // Sums of kTerms quantities across lines, one per element of the line: term(line, values, j, lanes, sums) adds the
 // packs at j of one line of each operand to the sums, which are kTerms arrays in pack order, `stride` apart. A few
 // lines at a time are walked down in panels, as wide as registers hold sums for. That is not the order in which they
@@ -202,6 +232,40 @@ NORMOPS_KERNEL moments_together(const Lines<const T>& x, int64_t count, int64_t 
     if (!guess_was_near(first, second, inverse)) [[unlikely]]
       moments_along(x[i], length, mean + i, m2 + i);
   });
+}
+
+// Mean and M2 of `count` channels that lie in runs, side by side at each of some positions. The guess is the mean of
+// four elements from all over.
+template <typename T>
+NORMOPS_KERNEL moments_of_runs(const Lines<const T>& x, int64_t count, int64_t positions, int64_t length, double* mean,
+                               double* m2) {
+  using A = Acc<T>;
+  const double inverse = 1.0 / (positions * length);
+  A guess[kTogether<T>];
+  for (int64_t first = 0; first < count; first += kTogether<T>) {
+    const int64_t channels = std::min(kTogether<T>, count - first);
+    const T* const begin = x.data + first * length;
+    for (int64_t i = 0; i < channels; ++i) {
+      A sum = 0;
+      for (int64_t k = 0; k < 4; ++k) sum += A(begin[positions * k / 4 * x.stride + i * length + length * k / 4]);
+      guess[i] = sum / 4;
+    }
+    const auto deviations = [&](int64_t from, int64_t to, auto take) {
+      const auto add = [&](int64_t i, int64_t position, int64_t j, auto lanes, Pack<T>* s) {
+        add_deviations(begin + position * x.stride + (from + i) * length + j, lanes, guess[from + i], s);
+      };
+      sums_of_runs<T, 2>(to - from, positions, length, add, take);
+    };
+    deviations(0, channels, [&](int64_t i, std::array<double, 2> sums) {
+      if (!guess_was_near(sums[0], sums[1], inverse)) [[unlikely]] {
+        guess[i] = A(guess[i] + sums[0] * inverse);
+        deviations(i, i + 1, [&](int64_t, const std::array<double, 2>& nearer) { sums = nearer; });
+      }
+      const double low = sums[0] * inverse;
+      mean[first + i] = guess[i] + low;
+      m2[first + i] = sums[1] - sums[0] * low;
+    });
+  }
 }
 
 // Mean and M2 of `count` lines.

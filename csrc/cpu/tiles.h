@@ -92,6 +92,10 @@ struct Block {
   }
 };
 
+// Whether wide channels are taken one after the other: there are too few positions to spread coefficients over a line,
+// and to fold sums of its elements, for.
+inline bool is_in_runs(const Tile& tile) { return tile.width > 1 && tile.positions < 16; }
+
 // Positions taken for one line: as many as fill whole packs, if a block holds them.
 template <typename T>
 int64_t positions_per_line(const Tile& tile) {
@@ -127,13 +131,25 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> o
         store_natural<T>(result, to + j, lanes);
     });
   };
-  const T* from[kInputs];
+  const T* from[kInputs];  // of the line at hand
+  const auto one_channel = [&](int64_t c, Out* to, int64_t length) {
+    Pack<T> constants[kArrays];
+    for (int k = 0; k < kArrays; ++k) constants[k] = arrays[k][c];
+    run(from, to, length, [&](int k, int64_t) { return constants[k]; });
+  };
   if (tile.layout == Layout::kContiguous) {
     for (int64_t c = 0; c < tile.channels; ++c) {
       for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][c];
-      Pack<T> constants[kArrays];
-      for (int k = 0; k < kArrays; ++k) constants[k] = arrays[k][c];
-      run(from, out[c], tile.positions, [&](int k, int64_t) { return constants[k]; });
+      one_channel(c, out[c], tile.positions);
+    }
+    return;
+  }
+  if (is_in_runs(tile)) {
+    for (int64_t position = 0; position < tile.positions; ++position) {
+      for (int64_t c = 0; c < tile.channels; ++c) {
+        for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][position] + c * tile.width;
+        one_channel(c, out[position] + c * tile.width, tile.width);
+      }
     }
     return;
   }

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.machine import last_level_cache, processors
+from bench.machine import MIB, last_level_cache, processors
 
 CACHES = {
-    "cold": "before each call a buffer larger than the last-level cache is rewritten, as other layers of a model would",
+    "cold": "before each call a buffer of up to 64 MiB is rewritten, as other layers of a model would",
     "warm": "calls follow each other, so that what fits in a cache is there",
 }
 MALLOCS = {
@@ -19,6 +19,9 @@ MALLOCS = {
     "recycled": "freed memory is kept, so an output lies in memory used before, as with an allocator that caches",
 }
 _MALLOC_LARGEST_THRESHOLD = 32 << 20
+# What a model moves between two of its norms, or a little more. A last-level cache that many machines share may hold
+# hundreds of mebibytes: what empties it of the tensors empties it of the code too, which no model does.
+_BETWEEN_CALLS = 64 * MIB
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Flush:
         if device == "cuda":
             size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
         else:
-            size = 2 * last_level_cache(processors())
+            size = min(2 * last_level_cache(processors()), _BETWEEN_CALLS)
         self._buffer = torch.zeros(size // 4, device=device)
 
     def __call__(self) -> None:

@@ -215,6 +215,16 @@ def test_unlike_the_others_in_step(case, memory_format, device):
     check(sample.with_input(far.contiguous(memory_format=memory_format)))
 
 
+@each([case for case in CASES if case.over_batch])
+def test_unlike_the_others_in_small_planes(case, device):
+    """The four elements that the guess is made of, of few samples with small planes."""
+    sample = case.sample((9, 6, 7, 7), device=device)
+    far = sample.input.detach() + 1e4
+    for quarter in range(4):
+        far[quarter * 9 // 4, :].flatten(1)[:, quarter * 49 // 4] = 0
+    check(sample.with_input(far))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.14159, 1e4])
 @each_memory_format
 @each_case

@@ -44,6 +44,23 @@ def test_equals_reference(case, size, eps, memory_format, dtype, activation):
         assert error <= allowed * scale, f"{name}: {error:.3g} of {scale:.3g}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_memory_format
+@few_cases
+def test_products_with_the_gradient(case, memory_format, dtype):
+    """that float32 does not have: of numbers as large as it has any, with dy of 8 and -8."""
+    sample = case.sample(dtype=dtype)
+    sample.fixed["activation"] = None
+    sample = sample.with_input((3e38 * torch.rand(SHAPE)).to(dtype).contiguous(memory_format=memory_format))
+    grad = (8 * torch.randn(SHAPE).sign()).to(dtype)
+    results, expected = sample.results(grad=grad), sample.double().results(reference, grad.double())
+    for name, result in results.items():
+        error, scale = ((result.double() - expected[name]).abs().max(), expected[name].abs().max())
+        # What is flushed to zero where a processor has no smaller numbers.
+        least = torch.finfo(dtype).smallest_normal * (dtype == torch.bfloat16)
+        assert error <= 8 * torch.finfo(dtype).eps * scale + least, f"{name}: {error:.3g} of {scale:.3g}"
+
+
 @each_memory_format
 @few_cases
 def test_others_keep_their_bits(case, memory_format):

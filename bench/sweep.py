@@ -21,7 +21,6 @@ from normops import functional as F
 ROW_FUNCTIONS = ["layer_norm", "rms_norm"]
 COMPUTED = ["batch_norm", "instance_norm", "group_norm", *ROW_FUNCTIONS, "channel_layer_norm"]
 FUNCTIONS = [*COMPUTED, "batch_norm_eval"]
-GROUPS = 4
 LAYOUTS = ["contiguous", "channels_last", "transposed", "positions first", "sliced"]
 COMMON_LAYOUTS = LAYOUTS[:2]
 DEFAULT_EPS, LEAST_EPS = 1e-5, 1e-70  # float32 has no such number as the latter
@@ -41,6 +40,7 @@ class Point:
     constant: float | None = None  # all elements
     eps: float = DEFAULT_EPS
     bias: bool = True  # which would hide an output that is small
+    groups: int = 4  # of group_norm
     gradient: float = 0.0  # the mean of dy, whose standard deviation is one
     precise: bool = False  # compared with numbers of 50 digits
 
@@ -78,14 +78,15 @@ def lengths() -> Iterator[Point]:
     values = [2, 3, 8, 17, 64, 255, 1024, 4096, 65536, 1 << 20, 1 << 24]
     for length, function, dtype in product(values, COMPUTED, ["float32", "bfloat16"]):
         count = max(1, ELEMENTS // length)
-        width = 4 if length % 4 == 0 else 1  # of a group
+        groups, width = min(4, count), 4 if length % 4 == 0 else 1  # of the latter, a group's channels
         shapes = {
             "batch_norm": (length, count),
             "instance_norm": (1, count, length),
-            "group_norm": (max(1, count // GROUPS), GROUPS * width, length // width),
+            "group_norm": (count // groups, groups * width, length // width),
             "channel_layer_norm": (1, length, count),
         }
-        yield Point("length", length, function, shapes.get(function, (count, length)), dtype, mean=3.0)
+        shape = shapes.get(function, (count, length))
+        yield Point("length", length, function, shape, dtype, mean=3.0, groups=groups)
 
 
 def rows() -> Iterator[Point]:
@@ -245,7 +246,7 @@ def _call(library: Any, point: Point, x: Tensor, weight: Tensor, bias: Tensor | 
     if name == "batch_norm_eval":
         return library.batch_norm(x, *statistics, weight, bias, eps=eps)
     if name == "group_norm":
-        return library.group_norm(x, GROUPS, weight, bias, eps)
+        return library.group_norm(x, point.groups, weight, bias, eps)
     if name == "instance_norm":
         return library.instance_norm(x, weight=weight, bias=bias, eps=eps)
     if name == "rms_norm":
@@ -267,7 +268,7 @@ def _results(library: Any, point: Point, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def measure(point: Point) -> Found:
-    form = exact.form(point.function, point.shape, GROUPS)
+    form = exact.form(point.function, point.shape, point.groups)
     tensors = _tensors(point, math.prod(form.parameters))
     arrays = {name: exact.numbers(tensor, point.precise) for name, tensor in tensors.items()}
     known = exact.normalize(point.function, form, arrays, point.eps)

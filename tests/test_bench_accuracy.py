@@ -184,7 +184,6 @@ def test_mistakes(mistake):
     """Normops does not make them; whether torch still does is not for us to say."""
     assert len(mistake.lines.splitlines()) == 3
     assert mistake.error(sweep.F) < 1e-5
-    assert isinstance(mistake.error(), float)
 
 
 def test_all_activations_are_measured():

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -177,9 +178,7 @@ def sweeps_figure(found: Sequence[Found], facts: str) -> Figure:
                         error = max(getattr(one, side).values())
                         largest[one.point.value] = min(max(largest[one.point.value], error), OUT_OF_SIGHT[1])
                 axes.plot(range(len(values)), [*largest.values()], color=color, linewidth=1, alpha=0.8, label=side)
-        axes.axhline(
-            np.finfo(np.float32).eps if dtype == "float32" else 2**-7, color=LINE, linewidth=0.8, linestyle=":"
-        )
+        axes.axhline(torch.finfo(getattr(torch, dtype)).eps, color=LINE, linewidth=0.8, linestyle=":", label="eps")
         axes.set_yscale("log")
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values], rotation=90)
         axes.set_title(f"{dtype}, by {axis}", fontsize=9)

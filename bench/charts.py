@@ -169,7 +169,7 @@ def sweeps_figure(found: Sequence[Found], facts: str) -> Figure:
     for (dtype, (sweep, axis)), axes in zip(product(SWEPT_DTYPES, SWEPT.items()), rows.flat, strict=True):
         bare(axes, "y")
         here = [one for one in found if (one.point.sweep, one.point.dtype) == (sweep, dtype)]
-        values = sorted({one.point.value for one in here})
+        values = {one.point.value: one.place for one in sorted(here, key=lambda one: one.point.value)}
         for side, color in (("torch", TORCH), ("normops", NORMOPS)):
             for function in sorted({one.point.function for one in here}):
                 largest = dict.fromkeys(values, OUT_OF_SIGHT[0])
@@ -180,7 +180,7 @@ def sweeps_figure(found: Sequence[Found], facts: str) -> Figure:
                 axes.plot(range(len(values)), [*largest.values()], color=color, linewidth=1, alpha=0.8, label=side)
         axes.axhline(torch.finfo(getattr(torch, dtype)).eps, color=LINE, linewidth=0.8, linestyle=":", label="eps")
         axes.set_yscale("log")
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values], rotation=90)
+        axes.set_xticks(range(len(values)), [*values.values()], rotation=90)
         axes.set_title(f"{dtype}, by {axis}", fontsize=9)
     rows[0, 0].set_ylim(OUT_OF_SIGHT[0] / 2, OUT_OF_SIGHT[1] * 2)
     _legend(figure, rows[0, 0])

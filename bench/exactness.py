@@ -104,6 +104,10 @@ class Errors:
         floors = {name: verdict.floor(dtype, name) for name in self.normops}
         return dict.fromkeys(floors, math.inf) if dtype == torch.float64 else floors
 
+    def record(self) -> dict[str, Any]:
+        sides = {side: verdict.rounded(getattr(self, side)) for side in ("normops", "torch")}
+        return {"cell": asdict(self.cell), **sides}
+
     def __str__(self) -> str:
         return str(self.cell)
 
@@ -225,10 +229,10 @@ def sweep_table(found: Sequence[sweep.Found], name: str) -> Table:
     how = sweep.SWEEPS[name]
     columns = [f"{dtype}, {who}" for dtype in dtypes for who in ("normops", "torch")]
     result = make_table(f"{how.title}: largest errors in units of eps", how.axis, *columns)
-    for value in sorted({one.point.value for one in here}):
-        row = [f"{value:g}"]
+    for place in dict.fromkeys(one.place for one in sorted(here, key=lambda one: one.point.value)):
+        row = [place]
         for dtype in dtypes:
-            group = [one for one in here if (one.point.value, one.point.dtype) == (value, dtype)]
+            group = [one for one in here if (one.place, one.point.dtype) == (place, dtype)]
             for who in ("normops", "torch"):
                 errors = (error / one.unit for one in group for error in getattr(one, who).values())
                 row.append(f"{max(errors):.3g}" if group else "")
@@ -310,7 +314,7 @@ def main(argv: list[str]) -> int:
         console.print(instead)
     data = {
         "environment": environment(),
-        "errors": [asdict(error) for error in errors],
+        "errors": [error.record() for error in errors],
         "sweeps": [one.record() for one in found],
         "mistakes": mistakes,
     }

@@ -147,10 +147,10 @@ class Sweep:
 
 SWEEPS = {
     "mean": Sweep(means, "mean", "Means of the data, in standard deviations"),
-    "size": Sweep(sizes, "largest element", "Sizes of the data"),
+    "size": Sweep(sizes, "largest element", "Sizes of the data, with eps of 1e-5 and of 1e-70"),
     "length": Sweep(lengths, "length", "Elements of a statistic"),
     "rows": Sweep(rows, "rows", "Rows of 16 elements"),
-    "denormal": Sweep(denormals, "largest element", "Denormal data"),
+    "denormal": Sweep(denormals, "largest element", "Denormal data, with the same"),
     "constant": Sweep(constants, "constant", "Constant data"),
     "layout": Sweep(layouts, "layout", "Layouts: " + ", ".join(f"{i} {name}" for i, name in enumerate(LAYOUTS))),
     "precise": Sweep(precise, "mean or largest element", "Small tensors against numbers of 50 digits"),
@@ -183,10 +183,7 @@ class Found:
         """For JSON, without what is as usual."""
         usual = {field.name: field.default for field in fields(Point)}
         point = {name: value for name, value in asdict(self.point).items() if value != usual[name]}
-        errors = {
-            side: {name: float(f"{value:.3g}") for name, value in getattr(self, side).items()}
-            for side in ("normops", "torch", "floor")
-        }
+        errors = {side: verdict.rounded(getattr(self, side)) for side in ("normops", "torch", "floor")}
         return {"point": point, **errors}
 
     @classmethod
@@ -197,6 +194,12 @@ class Found:
     @property
     def unit(self) -> float:
         return torch.finfo(getattr(torch, self.point.dtype)).eps
+
+    @property
+    def place(self) -> str:
+        """On the axis of the sweep."""
+        value = self.point.value
+        return f"{value:.0f}" if value == round(value) and value < 1e8 else f"{value:g}"
 
     def __str__(self) -> str:
         return str(self.point)

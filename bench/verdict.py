@@ -33,6 +33,11 @@ class Measured(Protocol):
     def floor(self) -> Mapping[str, float]: ...
 
 
+def rounded(errors: Mapping[str, float]) -> dict[str, float]:
+    """Three digits, for records."""
+    return {name: float(f"{value:.3g}") for name, value in errors.items()}
+
+
 def worse(measured: Iterable[Measured]) -> list[str]:
     """Where normops' error is more than twice torch's and above the floor, or is not finite; the worst first."""
     wrong = []

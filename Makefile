@@ -170,6 +170,7 @@ nightly: build package dist
 	for set in default avx2; do ATEN_CPU_CAPABILITY=$$set $(RUN) -m pytest -n auto -k "not emulated" --ignore=tests/emulator || exit; done
 	for threads in 1 3; do OMP_NUM_THREADS=$$threads $(RUN) -m pytest -p randomly -k "not emulated" --ignore=tests/emulator || exit; done
 	$(RUN) -m pytest -m nightly
+	$(RUN) -m bench accuracy --output build/accuracy
 	$(MAKE) mutants
 	$(MAKE) test-models
 

@@ -1,9 +1,11 @@
 """The figures as charts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -13,6 +15,7 @@ from bench.measure import Comparison, Timing
 from bench.regimes import CACHES, HEADLINE, Regime
 from bench.report import regimes_of
 from bench.results import sure
+from bench.sweep import Found
 
 TORCH, NORMOPS, BACKWARD = "#9aa5b1", "#14507d", "#f08a4b"
 GRID, LINE = "#e3e7eb", "#3c4650"
@@ -103,10 +106,15 @@ def _case_panels(
     for text, (_, name) in zip(all_axes[0].get_yticklabels(), rows, strict=True):
         text.set_fontweight("normal" if name else "bold")
     headline(figure, title, facts)
-    handles, labels = all_axes[0].get_legend_handles_labels()
+    _legend(figure, all_axes[0])
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Each label once, below everything."""
+    handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique, loc="outside lower center", ncols=len(unique), frameon=False, fontsize=9)
-    return figure
 
 
 def headline(figure: Figure, title: str, facts: str) -> None:
@@ -147,6 +155,38 @@ def _floors(timings: list[Timing], device: str, facts: str) -> Figure:
 
     title = f"Time as a multiple of copying the tensors ({device})"
     return _case_panels(title, f"{facts}\n{FLOOR_NOTE}", timings, ["forward", "backward"], draw)
+
+
+SWEPT = {"mean": "mean / deviation", "size": "largest element", "length": "elements of a statistic", "rows": "rows"}
+SWEPT_DTYPES = ["float32", "bfloat16"]
+OUT_OF_SIGHT = 1e-9, 1e3  # errors below and above are drawn there, those that are not finite too
+
+
+def sweeps_figure(found: Sequence[Found], facts: str) -> Figure:
+    """The largest error of each function over what a sweep changes."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    rows = figure.subplots(len(SWEPT_DTYPES), len(SWEPT), sharex="col", sharey=True)
+    for (dtype, (sweep, axis)), axes in zip(product(SWEPT_DTYPES, SWEPT.items()), rows.flat, strict=True):
+        bare(axes, "y")
+        here = [one for one in found if (one.point.sweep, one.point.dtype) == (sweep, dtype)]
+        values = {one.point.value: one.place for one in sorted(here, key=lambda one: one.point.value)}
+        for side, color in (("torch", TORCH), ("normops", NORMOPS)):
+            for function in sorted({one.point.function for one in here}):
+                largest = dict.fromkeys(values, OUT_OF_SIGHT[0])
+                for one in here:
+                    if one.point.function == function:
+                        error = max(getattr(one, side).values())
+                        largest[one.point.value] = min(max(largest[one.point.value], error), OUT_OF_SIGHT[1])
+                axes.plot(range(len(values)), [*largest.values()], color=color, linewidth=1, alpha=0.8, label=side)
+        axes.axhline(torch.finfo(getattr(torch, dtype)).eps, color=LINE, linewidth=0.8, linestyle=":", label="eps")
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(values)), [*values.values()], rotation=90)
+        axes.set_title(f"{dtype}, by {axis}", fontsize=9)
+    rows[0, 0].set_ylim(OUT_OF_SIGHT[0] / 2, OUT_OF_SIGHT[1] * 2)
+    _legend(figure, rows[0, 0])
+    facts = f"{facts}\nA line for each function; at the upper edge, what is not finite or larger still"
+    headline(figure, "Largest error against float64, relative to the terms of the result", facts)
+    return figure
 
 
 def _losses(trainings: list[Training]) -> Figure:

@@ -1,10 +1,12 @@
 """``python -m bench accuracy``: errors against float64 of every function with whatever may follow it in the same pass,
-beside those of torch's separate operators."""
+beside those of torch's separate operators; of numbers that layers rarely meet (`bench.sweep`); and what torch has wrong
+(`bench.mistakes`)."""
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -15,14 +17,18 @@ import torch.nn.functional as TF
 from rich.table import Table
 from torch import Tensor
 
+from bench import sweep, verdict
 from bench.cases import DTYPES, LAYOUTS
-from bench.command import finish, make_console
+from bench.charts import subtitle, sweeps_figure
+from bench.command import WRONG, finish, make_console
 from bench.machine import environment, results_folder
+from bench.mistakes import MISTAKES, PREAMBLE
 from bench.tables import environment_table, make_table, write_markdown
 from normops import _activations, compilation
 from normops import functional as F
 
 SLOPE = 0.2
+LISTED = 20  # of what is worse than torch
 SHAPE = (8, 32, 14, 14)
 CHANNELS = {"weight": (SHAPE[1],), "bias": (SHAPE[1],)}
 ROWS = {"weight": SHAPE[-1:], "bias": SHAPE[-1:]}
@@ -54,6 +60,7 @@ FUNCTIONS = {
     "add_layer_norm": _rows("add_layer_norm", "weight", "bias"),
     "add_rms_norm": _rows("add_rms_norm", "weight"),
 }
+LISTED = 20
 RESULTS = ["output", "dx", "dresidual", "dparameters"]
 
 
@@ -89,6 +96,20 @@ class Errors:
     cell: Cell
     normops: dict[str, float]
     torch: dict[str, float]
+
+    @property
+    def floor(self) -> dict[str, float]:
+        """Of float64 nothing is asked: the reference is no better."""
+        dtype = getattr(torch, self.cell.dtype)
+        floors = {name: verdict.floor(dtype, name) for name in self.normops}
+        return dict.fromkeys(floors, math.inf) if dtype == torch.float64 else floors
+
+    def record(self) -> dict[str, Any]:
+        sides = {side: verdict.rounded(getattr(self, side)) for side in ("normops", "torch")}
+        return {"cell": asdict(self.cell), **sides}
+
+    def __str__(self) -> str:
+        return str(self.cell)
 
 
 def separate(name: str, input: Tensor, *, activation=None, negative_slope=SLOPE, residual=None, **arguments) -> Any:
@@ -187,8 +208,8 @@ def largest(errors: Iterable[Errors], who: str) -> dict[str, float]:
 def table(errors: Sequence[Errors], by: str, dtype: str) -> Table:
     """The largest errors of one dtype, in units of its machine epsilon, normops' and torch's."""
     unit = torch.finfo(getattr(torch, dtype)).eps
-    title = f"{dtype}, by {by}: largest errors in units of {unit:.3g}, normops and torch"
-    result = make_table(title, by, *(f"{name}, {who}" for name in RESULTS for who in ("normops", "torch")))
+    title = f"{dtype}, by {by}: largest errors in units of {unit:.3g}, normops' and torch's"
+    result = make_table(title, by, *(column for name in RESULTS for column in (name, "torch")))
     groups: dict[str, list[Errors]] = {}
     for error in errors:
         if error.cell.dtype == dtype:
@@ -201,16 +222,49 @@ def table(errors: Sequence[Errors], by: str, dtype: str) -> Table:
     return result
 
 
+def sweep_table(found: Sequence[sweep.Found], name: str) -> Table:
+    """The largest errors by what the sweep changes, in units of the machine epsilon of each dtype."""
+    here = [one for one in found if one.point.sweep == name]
+    dtypes = [dtype for dtype in DTYPES if any(one.point.dtype == dtype for one in here)]
+    how = sweep.SWEEPS[name]
+    columns = [f"{dtype}, {who}" for dtype in dtypes for who in ("normops", "torch")]
+    result = make_table(f"{how.title}: largest errors in units of eps", how.axis, *columns)
+    for place in dict.fromkeys(one.place for one in sorted(here, key=lambda one: one.point.value)):
+        row = [place]
+        for dtype in dtypes:
+            group = [one for one in here if (one.place, one.point.dtype) == (place, dtype)]
+            for who in ("normops", "torch"):
+                errors = (error / one.unit for one in group for error in getattr(one, who).values())
+                row.append(f"{max(errors):.3g}" if group else "")
+        result.add_row(*row)
+    return result
+
+
+def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> Table:
+    caption = "Printed by the lines below, where F is torch.nn.functional or normops.functional"
+    result = make_table("What torch has wrong", "what", "torch", "normops", caption=caption)
+    for one in mistakes:
+        result.add_row(one["name"], f"{one['torch']:.2g}", f"{one['normops']:.2g}")
+    return result
+
+
+def _lines(mistakes: Sequence[Mapping[str, Any]]) -> str:
+    parts = [f"{one['name']}:\n\n```python\n{one['lines']}```\n" for one in mistakes]
+    return "\n".join(["\n## The lines\n", f"```python\n{PREAMBLE}```\n", *parts])
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench accuracy",
         description="Errors of every function with every activation, with and without a residual, in every dtype and "
-        "layout, against torch in float64, beside the errors of torch's separate operators. Prints the largest of each "
-        "function and of each activation, and writes all of them (accuracy.json, accuracy.md).",
+        "layout, against torch in float64, beside the errors of torch's separate operators; then of data far from "
+        "zero, huge, tiny, denormal and constant, of long rows and many rows. Prints the largest, what torch has "
+        "wrong, and whether normops is anywhere worse than twice torch, in which case it ends with status 1. Writes "
+        "all of it (accuracy.json, accuracy.md, accuracy.png).",
     )
     activations = ["none", *_activations.FUNCTIONS]
     for name, choices in {
-        "functions": list(FUNCTIONS),
+        "functions": list(dict.fromkeys([*FUNCTIONS, *sweep.FUNCTIONS])),
         "activations": activations,
         "dtypes": DTYPES,
         "layouts": LAYOUTS,
@@ -220,6 +274,21 @@ def parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--means", nargs="+", type=float, default=[0.0], help="of the data, in standard deviations")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the data")
+    names = list(sweep.SWEEPS)
+    parser.add_argument(
+        "--sweeps",
+        nargs="*",
+        choices=names,
+        default=names,
+        metavar="SWEEP",
+        help=f"of {', '.join(names)} (default: all)",
+    )
+    parser.add_argument(
+        "--mistakes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="what torch has wrong, by name, with the lines that show it (default: yes)",
+    )
     parser.add_argument("--output", type=Path, default=Path("bench/results/accuracy"), help="folder for accuracy.json")
     return parser
 
@@ -228,29 +297,45 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     console, start = make_console(), time.perf_counter()
     chosen = [None if name == "none" else name for name in arguments.activations]
-    what = arguments.functions, chosen, arguments.dtypes, arguments.layouts, arguments.means, arguments.scales
-    errors = [measure(cell) for cell in cells(*what)]
+    what = [name for name in arguments.functions if name in FUNCTIONS], chosen, arguments.dtypes, arguments.layouts
+    errors = [measure(cell) for cell in cells(*what, arguments.means, arguments.scales)]
+    points = sweep.points(arguments.sweeps, arguments.functions, arguments.dtypes, arguments.layouts)
+    found = [sweep.measure(point) for point in points]
     tables = [table(errors, by, dtype) for dtype, by in product(arguments.dtypes, ("function", "activation"))]
+    swept = list(dict.fromkeys(point.sweep for point in points))
+    tables += [sweep_table(found, name) for name in swept]
+    mistakes = [mistake.record() for mistake in MISTAKES] if arguments.mistakes else []
+    if mistakes:
+        tables.append(mistakes_table(mistakes))
     for each in tables:
         console.print(each, "")
     folder, instead = results_folder(arguments.output)
     if instead:
         console.print(instead)
-    data = {"environment": environment(), "errors": [asdict(error) for error in errors]}
-    (folder / "accuracy.json").write_text(json.dumps(data))
-    verdict = [f"{len(errors)} cells. The reference is torch in float64, whose own errors are not known."]
-    ratios = [
-        (
-            error.normops[name] / max(error.torch[name], torch.finfo(getattr(torch, error.cell.dtype)).eps / 2),
-            name,
-            error,
-        )
-        for error in errors
-        for name in error.normops
-        if error.cell.dtype != "float64"
-    ]
-    if ratios:
-        ratio, name, error = max(ratios, key=lambda found: found[0])
-        verdict.append(f"Largest error relative to torch's, or half a unit: {ratio:.2f} times, {name} of {error.cell}")
-    write_markdown(folder / "accuracy.md", "Errors", verdict, [environment_table(environment()), *tables], [])
-    return finish(console, folder, start, verdict, [], doubtful=False)
+    data = {
+        "environment": environment(),
+        "errors": [error.record() for error in errors],
+        "sweeps": [one.record() for one in found],
+        "mistakes": mistakes,
+    }
+    (folder / "accuracy.json").write_text(json.dumps(data, separators=(",", ":")))
+    charts = []
+    if found:
+        charts = ["accuracy.png"]
+        sweeps_figure(found, subtitle(environment())).savefig(folder / charts[0], dpi=120, facecolor="white")
+    wrong = verdict.worse([*errors, *found])
+    said = [f"{len(errors)} cells, {len(found)} points. The reference is float64, whose own errors are not known."]
+    if "precise" in arguments.sweeps and "precise" not in swept:
+        said.append("Nothing was compared with numbers of 50 digits: mpmath is not installed")
+    said += [f"Worse than twice torch: {text}" for text in wrong[:LISTED]]
+    if len(wrong) > LISTED:
+        said.append(f"Worse than twice torch: {len(wrong) - LISTED} more")
+    if not wrong:
+        said.append("normops is nowhere worse than twice torch, nor than rounding explains where torch's error is less")
+    write_markdown(folder / "accuracy.md", "Errors", said, [environment_table(environment()), *tables], charts)
+    if mistakes:
+        console.print(_lines(mistakes), markup=False)
+        with (folder / "accuracy.md").open("a") as file:
+            file.write(_lines(mistakes))
+    finish(console, folder, start, said, [], doubtful=False)
+    return WRONG if wrong else 0

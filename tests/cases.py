@@ -30,6 +30,11 @@ class Case:
         """Whether the elements of one sample depend on those of others."""
         return self.op == "batch_norm" and not self.given_stats
 
+    @property
+    def over_channels(self):
+        """Whether a statistic is one of a position, over its channels."""
+        return self.op.startswith("channel_")
+
     def parameter_shape(self, shape):
         return tuple(shape[-self.row_dims :] if self.row_dims else shape[1:2])
 

@@ -6,7 +6,7 @@ import os
 
 import reference
 import torch
-from cases import CASES, DTYPES, Sample
+from cases import CASES, DTYPES, OVER_CHANNELS, Sample
 from comparison import largest, roundoff
 from fusion_cases import ACTIVATIONS, extras
 from hypothesis import HealthCheck, settings
@@ -85,7 +85,7 @@ def least_dims(case):
 
 
 @st.composite
-def samples(draw, cases=tuple(CASES), dtypes=tuple(DTYPES), plain=False):
+def samples(draw, cases=(*CASES, *OVER_CHANNELS), dtypes=tuple(DTYPES), plain=False):
     """Calls; ``plain`` ones have neither an activation nor anything else that torch does not have."""
     case = draw(st.sampled_from(cases))
     shape = case.enough(draw(shapes(least_dims(case))))
@@ -119,16 +119,21 @@ def extended(draw, sample):
         if draw(st.booleans()):
             residual = (3 * torch.randn(shape)).to(sample.input.dtype)
             parameters["residual"] = draw(layouts(len(shape)))(residual).requires_grad_()
-    if case.row_dims and draw(st.booleans()):
+    if (case.row_dims or case.over_channels) and draw(st.booleans()):
         fixed["weight_offset"] = draw(st.sampled_from([1.0, -0.5]))
-    if draw(st.integers(0, 3)) == 0:
+    if not case.over_channels and draw(st.integers(0, 3)) == 0:
         own = shape[:1]
         if case.row_dims:  # weight and bias have to differ along the same dimensions
             own = [draw(st.sampled_from([1, size])) for size in shape[: -case.row_dims]]
         for name in sorted(set(parameters) - {"residual"}):
             like = {"dtype": parameters[name].dtype}
             parameters[name] = torch.randn(*own, *case.parameter_shape(shape), **like).requires_grad_()
-    if not case.row_dims and len(shape) > 2 and math.prod(shape) and draw(st.integers(0, 3)) == 0:
+    if (
+        not (case.row_dims or case.over_channels)
+        and len(shape) > 2
+        and math.prod(shape)
+        and draw(st.integers(0, 3)) == 0
+    ):
         # Two valid positions for each statistic at least, or none.
         mask = torch.rand(shape[0], *shape[2:]) < draw(st.sampled_from([0.3, 0.8]))
         counts = mask.flatten(1).sum(1, keepdim=True)

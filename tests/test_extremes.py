@@ -44,6 +44,24 @@ def test_equals_reference(case, size, eps, memory_format, dtype, activation):
         assert error <= allowed * scale, f"{name}: {error:.3g} of {scale:.3g}"
 
 
+@pytest.mark.parametrize("activation, all_wanted", [(None, True), ("gelu", True), ("gelu", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_memory_format
+@few_cases
+def test_products_with_the_gradient(case, memory_format, dtype, activation, all_wanted):
+    """that float32 does not have: of numbers as large as it has any, with dy of 8 and -8."""
+    sample = case.sample(dtype=dtype)
+    sample.fixed["activation"] = activation
+    sample.input.requires_grad_(all_wanted)
+    sample = sample.with_input((3e38 * torch.rand(SHAPE)).to(dtype).contiguous(memory_format=memory_format))
+    grad = (8 * torch.randn(SHAPE).sign()).to(dtype)
+    results, expected = sample.results(grad=grad), sample.double().results(reference, grad.double())
+    least = torch.finfo(dtype).smallest_normal if dtype == torch.bfloat16 else 0.0  # may be flushed to zero
+    for name, result in results.items():
+        error, scale = (result.double() - expected[name]).abs().max(), expected[name].abs().max()
+        assert error <= 8 * torch.finfo(dtype).eps * scale + least, f"{name}: {error:.3g} of {scale:.3g}"
+
+
 @each_memory_format
 @few_cases
 def test_others_keep_their_bits(case, memory_format):
@@ -67,10 +85,15 @@ def test_others_keep_their_bits(case, memory_format):
 
 
 def test_masked():
-    x = 3e20 * torch.randn(3, 4, 50)
+    x = (3e38 * torch.rand(3, 4, 50)).requires_grad_()
     mask = F.length_mask([50, 7, 30], 50)
     expected = reference.instance_norm(x.double(), mask=mask)
-    torch.testing.assert_close(F.instance_norm(x, mask=mask).double(), expected, rtol=1e-5, atol=1e-5)
+    y = F.instance_norm(x, mask=mask)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = 8 * torch.randn(x.shape).sign()
+    (dx,), (exact,) = (torch.autograd.grad(output, x, grad.to(output)) for output in (y, expected))
+    # In units of dy / x; the reference's gradient has been rounded to float32 as well.
+    torch.testing.assert_close(3e38 * dx, 3e38 * exact, rtol=1e-5, atol=1e-4)
 
 
 def test_zeros_and_constants():

@@ -187,6 +187,17 @@ def test_accuracy_and_memory(tmp_path):
     assert "| Net | 3.0 | 1.0 |" in markdown
 
 
+def test_sweeps_and_mistakes(tmp_path):
+    """Of the former."""
+    point = {"sweep": "mean", "value": 100.0, "function": "rms_norm", "shape": [2, 3], "dtype": "float32"}
+    errors = {"normops": {"dx": 2**-22}, "torch": {"dx": float("inf")}, "floor": {"dx": 1e-7}}
+    mistakes = [{"name": "It is | wrong", "lines": "print(1)", "torch": float("nan"), "normops": 0.5}]
+    folder = write(tmp_path / "run", "accuracy.json", sweeps=[{"point": point, **errors}], mistakes=mistakes)
+    _, markdown, _ = made(tmp_path, folder)
+    assert "| 100 | 2 | inf |" in markdown and "Means of the data" in markdown
+    assert "| It is \\| wrong | nan | 0.5 |" in markdown and "sweeps-run.svg" in markdown
+
+
 def test_threads(tmp_path):
     for number in (1, 2):
         environment = {**ENVIRONMENT, "cpu threads": f"{number} used"}

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from cases import CASES, MODULES
+from cases import CASES, MODULES, OVER_CHANNELS
 from comparison import roundoff
 from hypothesis import given, note
 from hypothesis import strategies as st
-from property_cases import FUZZING, ROUNDINGS, bounded, check_errors, describe, samples, shapes
+from property_cases import FUZZING, ROUNDINGS, bounded, check_errors, describe, layouts, samples, shapes
 
 import normops
 import normops.functional as F
@@ -18,9 +18,10 @@ import normops.functional as F
 if not FUZZING:  # the emulator takes too long for every run of the suite
     pytestmark = pytest.mark.real_device
 
-INDEPENDENT = [case for case in CASES if not case.over_batch]
+INDEPENDENT = [case for case in [*CASES, *OVER_CHANNELS] if not case.over_batch]
 CENTRED = [case for case in CASES if not case.given_stats and case.op != "rms_norm"]
 COMPUTED = [case for case in CASES if not case.given_stats]
+ROWS = [case for case in CASES if case.row_dims]
 
 
 def noted(sample):
@@ -66,6 +67,56 @@ def test_samples(device, data):
     for name in ("output", "grad_input"):
         assert torch.equal(permuted[name], results[name][order]), name
         assert torch.equal(first[name], results[name][:1]), name
+
+
+@bounded(60)
+@given(st.data())
+def test_layouts(device, data):
+    """change no bit where nothing is summed in the order of memory: given statistics, and rows, which are copied."""
+    sample = noted(data.draw(samples([*ROWS, *(case for case in CASES if case.given_stats)])))
+    x = sample.input.detach()
+    grad = torch.randn_like(x).contiguous()
+    formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])
+    expected = sample.with_input(x.contiguous()).results(grad=grad)
+    for other in [x, *(x.contiguous(memory_format=memory_format) for memory_format in formats)]:
+        results = sample.with_input(other).results(grad=grad)
+        for name in expected if sample.case.row_dims else expected.keys() & {"output", "grad_input", "grad_residual"}:
+            torch.testing.assert_close(results[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@bounded(60)
+@given(st.data())
+def test_sums(device, data):
+    """The norm of a sum is that of torch's sum, to the bit, backward too; a gradient of the sum itself is added."""
+    sample = noted(data.draw(samples(ROWS, plain=True)))
+    if data.draw(st.booleans()):
+        sample.fixed["weight_offset"] = 1.0
+    x, dtype = sample.input, sample.input.dtype
+    residual = data.draw(layouts(x.dim()))((3 * torch.randn(x.shape)).to(dtype)).requires_grad_()
+    total = (x + residual).detach().contiguous()
+    grad, more = (torch.randn(x.shape).to(dtype) for _ in range(2))
+    expected = sample.with_input(total).results(grad=grad)
+    joined = getattr(F, f"add_{sample.case.op}")(x, residual, **sample.parameters, **sample.fixed)
+    leaves = {"grad_input": x, "grad_residual": residual}
+    leaves |= {f"grad_{name}": parameter for name, parameter in sample.parameters.items()}
+
+    def gradients(outputs, grads):
+        found = torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True)
+        return dict(zip(leaves, found, strict=True))
+
+    one, both = gradients(joined[:1], [grad]), gradients(joined, [grad, more])
+    results = {"output": joined[0], "sum": joined[1], **one}
+    for name, value in {**expected, "sum": total, "grad_residual": expected["grad_input"]}.items():
+        torch.testing.assert_close(results[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    for name, value in both.items():
+        if name not in ("grad_input", "grad_residual"):
+            torch.testing.assert_close(value, one[name], rtol=0, atol=0, equal_nan=True, msg=name)
+            continue
+        # Both terms may be rounded to the dtype, half a unit each, and so is their sum.
+        added = one[name].double() + more.double()
+        allowed = torch.finfo(dtype).eps * (one[name].double().abs() + more.double().abs())
+        wrong = added.isfinite() & ~((value.double() - added).abs() <= allowed)
+        assert not wrong.any(), name
 
 
 @bounded(60)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.sweep import Found
+
 FILES = ("results.json", "models.json", "accuracy.json", "memory.json", "experiments.json")
 HEADLINE = ("cold", "default")
 EARLIER = ("warm", "recycled")  # what runs of format 1 have measured, and do not say
@@ -58,6 +60,8 @@ class Run:
     doubtful: int = 0
     noise: float | None = None  # root mean square of the logarithm of torch over torch
     accuracy: list[Mapping] = field(default_factory=list)
+    sweeps: list[Found] = field(default_factory=list)
+    mistakes: list[Mapping] = field(default_factory=list)
     training: list[Mapping] = field(default_factory=list)
     models: list[Mapping] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -157,6 +161,7 @@ def read_run(folder: Path) -> Run | None:
                 run.memory = data.get("bytes", {})
             elif name == "accuracy.json":
                 run.accuracy = [*run.accuracy, *map(_as_case, data.get("errors", []))]
+                run.sweeps, run.mistakes = [*map(Found.of, data.get("sweeps", []))], data.get("mistakes", [])
             else:
                 run.experiments = data.get("experiments", {})
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

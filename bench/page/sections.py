@@ -3,6 +3,8 @@
 import contextlib
 from collections import defaultdict
 
+from bench.charts import sweeps_figure
+from bench.exactness import sweep_table
 from bench.experiments import EXPERIMENTS
 from bench.page import charts
 from bench.page.blocks import Cell, Chart, Lines, Section, Table, number, of_rich
@@ -279,6 +281,27 @@ def accuracy(runs: list[Run]) -> Section:
     return section
 
 
+def numbers(runs: list[Run]) -> Section:
+    """Those that layers rarely meet."""
+    section = Section("Numbers that layers rarely meet", level=3)
+    for run in runs:
+        if run.sweeps:
+            alt = f"Errors of normops and torch over what is swept, {run.label}; the tables below have the numbers"
+            section.blocks.append(Chart(f"sweeps-{_slug(run)}", alt, figure=sweeps_figure(run.sweeps, run.machine)))
+            for name in dict.fromkeys(one.point.sweep for one in run.sweeps):
+                table = sweep_table(run.sweeps, name)
+                block = of_rich(table)
+                block.folded = block.caption = f"{table.title}, {run.label}"
+                section.blocks.append(block)
+        if run.mistakes:
+            rows = [[one["name"], number(one["torch"], ".2g"), number(one["normops"], ".2g")] for one in run.mistakes]
+            caption = f"{run.label}; `python -m bench accuracy` prints the lines that show it"
+            section.blocks.append(Table(["what torch has wrong", "torch", "normops"], rows, caption))
+    if not section.blocks:
+        section.text = "No run of `python -m bench accuracy` is among these."
+    return section
+
+
 def training(runs: list[Run]) -> Section:
     section = Section("Training with either", level=3)
     for run in runs:
@@ -358,7 +381,7 @@ def environments(runs: list[Run]) -> Section:
 def page(runs: list[Run], compared: tuple[Run, Run] | None = None) -> list[Section]:
     timed = [run for run in runs if run.passes]
     sections = [overview(runs), side_by_side(runs), *map(per_case, timed), floors(runs), scaling(runs), models(runs)]
-    sections += [memory(runs), accuracy(runs), training(runs), *experiments(runs)]
+    sections += [memory(runs), accuracy(runs), numbers(runs), training(runs), *experiments(runs)]
     if compared:
         sections.append(comparison(*compared))
     return [*sections, environments(runs)]

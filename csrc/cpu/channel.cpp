@@ -33,6 +33,14 @@ void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_
   }
 }
 
+// f(line, j) for the valid elements of channel c of a group, in lines that begin with the group's first.
+template <typename F>
+void for_valid_of(const Geometry& g, const Mask* mask, int64_t segment, int64_t c, const F& f) {
+  const Tile tile{g.layout, g.group_size(), g.segment_count(segment), g.width};
+  const Run all{0, tile.positions};
+  for_elements(tile, mask ? mask->runs(segment) : c10::ArrayRef<Run>(all), c, f);
+}
+
 }  // namespace
 
 // What of a segment's tile is walked: all of it, or what lies between the first and the last valid position.
@@ -122,10 +130,10 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       if (is_extreme_variance<T>(stat_var[group] + eps)) [[unlikely]] {
         const auto each = [&](const auto& f) {
           for (int64_t k = row * row_segments; k < (row + 1) * row_segments; ++k) {
-            const Tile tile{g.layout, g.group_size(), g.segment_count(k), g.width};
-            const Run all{0, tile.positions};
-            const auto runs = mask ? mask->runs(k) : c10::ArrayRef<Run>(all);
-            for (int64_t i = 0; i < g.group_size(); ++i) for_channel(tile, runs, x.lines(g, k, c), i, f);
+            const Lines<const T> own = x.lines(g, k, c);
+            for (int64_t i = 0; i < g.group_size(); ++i) {
+              for_valid_of(g, mask, k, i, [&](int64_t line, int64_t j) { f(double(own[line][j])); });
+            }
           }
         };
         exact_moments(each, double(elements), /*centered=*/true, stat_mean[group], stat_var[group]);
@@ -278,8 +286,20 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       const double low = SplitMean<A>(stat_mean[group]).low;
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        for (int64_t i = set * set_segments * C + c, end = i + g.group_size(); i < end; ++i) {
+        const int64_t at = set * set_segments * C + c;
+        for (int64_t i = at, end = i + g.group_size(); i < end; ++i) {
           sum_dy_x[i] = (sum_dy_x[i] - low * sum_dy[i]) * rstd;
+        }
+        if (!is_extreme_variance<T>(stat_var[group] + eps)) continue;
+        for (int64_t i = 0; i < g.group_size(); ++i) {
+          ExactGradSums sums{stat_mean[group]};
+          for (int64_t k = set * set_segments; k < (set + 1) * set_segments; ++k) {
+            const Lines<const T> own_g = gradient.lines(g, k, c), own_x = x.lines(g, k, c);
+            for_valid_of(g, mask, k, i,
+                         [&](int64_t line, int64_t j) { sums.add(double(own_g[line][j]), double(own_x[line][j])); });
+          }
+          sum_dy[at + i] = sums.g;
+          sum_dy_x[at + i] = sums.g_x * rstd;
         }
       }
     });

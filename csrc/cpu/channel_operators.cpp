@@ -10,6 +10,7 @@
 
 #include "../extras.h"
 #include "channel.h"
+#include "extremes.h"
 
 namespace normops::cpu {
 
@@ -127,6 +128,12 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   return {output, mean, var};
 }
 
+bool has_extremes(const at::Tensor& input, const at::Tensor& vars, double eps) {
+  if (input.scalar_type() == at::kDouble) return false;
+  const double* const var = vars.const_data_ptr<double>();
+  return std::any_of(var, var + vars.numel(), [&](double own) { return is_extreme_variance<float>(own + eps); });
+}
+
 // Sums as a tensor in the type of the arithmetic; undefined where there are none.
 at::Tensor rounded(const double* sums, at::IntArrayRef shape, at::ScalarType type) {
   if (sums == nullptr) return {};
@@ -147,20 +154,21 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
   const Activation kind = as_activation(activation, negative_slope);
   at::Tensor x = input, dy = grad_output, dx, dresidual, added, y, unwanted;
   const at::Tensor flags = as_flags(mask, input);
+  const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
+  const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
+  const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
   if (output_mask[0]) dx = new_like(input);
   if (output_mask[3]) dresidual = new_like(input);
   if (kind) {
     added = residual.value_or(at::Tensor());
     y = output.value_or(at::Tensor());
-    // Sums over elements that do not lie side by side are taken of what was stored.
-    if (flags.defined() && !output_mask[0] && !output_mask[3]) unwanted = new_like(input);
+    // Sums over elements that do not lie side by side, or leave the range of float, are taken of what was stored.
+    const bool stored = flags.defined() || has_extremes(input, vars, eps);
+    if (stored && !output_mask[0] && !output_mask[3]) unwanted = new_like(input);
   }
   Operands operands{&x, &dy, &dx, &added, &y, &dresidual, &unwanted};
   const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!flags.defined(), varying).geometry;
   const auto valid = mask_of(g, flags);
-  const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
-  const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
-  const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
   const int64_t numel = parameters_of(input, varying), apart = varying ? g.channels : 0;
   const Scratch<double> sums(2 * numel);
   std::fill_n(sums + 0, 2 * numel, 0.0);

@@ -88,19 +88,29 @@ void mend_rows(const RowBackward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// f(x) for every valid element of a channel of a tile.
-template <typename T, typename F>
-void for_channel(const Tile& tile, c10::ArrayRef<Run> runs, const Lines<const T>& x, int64_t c, const F& f) {
+// f(line, j) for every element of a channel of a tile that lies in one of the runs.
+template <typename F>
+void for_elements(const Tile& tile, c10::ArrayRef<Run> runs, int64_t c, const F& f) {
   for (const Run& run : runs) {
     for (int64_t p = run.begin; p < run.end(); ++p) {
       if (tile.layout == Layout::kContiguous) {
-        f(double(x[c][p]));
+        f(c, p);
       } else {
-        for (int64_t j = 0; j < tile.width; ++j) f(double(x[p][c * tile.width + j]));
+        for (int64_t j = c * tile.width; j < (c + 1) * tile.width; ++j) f(p, j);
       }
     }
   }
 }
+
+// Sums of g and of g * (x - mean): products of floats overflow as their squares do.
+struct ExactGradSums {
+  double mean, g = 0, g_x = 0;
+
+  void add(double own_g, double x) {
+    g += own_g;
+    g_x += own_g * (x - mean);
+  }
+};
 
 // dx = scale * dy + slope * (x - center) + shift of the channels of a tile that have coefficients in double, four of
 // them in this order; the first of other channels is NaN. dx may take the place of dy, so results are kept until the
@@ -114,7 +124,7 @@ class ExtremeGradients {
       const double* const k = coefficients + 4 * c;
       if (std::isnan(k[0])) continue;
       channels_.push_back(c);
-      for_elements(c, [&](int64_t line, int64_t j) {
+      for_all(c, [&](int64_t line, int64_t j) {
         results_.push_back(T(Acc<T>(k[0] * double(dy[line][j]) + k[1] * (double(x[line][j]) - k[2]) + k[3])));
       });
     }
@@ -123,20 +133,14 @@ class ExtremeGradients {
   void store(const Lines<T>& dx) const {
     auto next = results_.begin();
     for (const int64_t c : channels_) {
-      for_elements(c, [&](int64_t line, int64_t j) { dx[line][j] = *next++; });
+      for_all(c, [&](int64_t line, int64_t j) { dx[line][j] = *next++; });
     }
   }
 
  private:
   template <typename F>
-  void for_elements(int64_t c, const F& f) const {
-    for (int64_t p = 0; p < tile_.positions; ++p) {
-      if (tile_.layout == Layout::kContiguous) {
-        f(c, p);
-      } else {
-        for (int64_t j = c * tile_.width; j < (c + 1) * tile_.width; ++j) f(p, j);
-      }
-    }
+  void for_all(int64_t c, const F& f) const {
+    for_elements(tile_, Run{0, tile_.positions}, c, f);
   }
 
   const Tile tile_;

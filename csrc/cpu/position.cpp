@@ -358,14 +358,19 @@ void backward(const Planes& planes, Matrix<const T> dy, Matrix<const T> x, Matri
       if (dx.data == nullptr) continue;
       extremes.clear();
       for (int64_t i = 0; i < part.width; ++i) {
+        const bool extreme = is_extreme<T>(rstd[at + i]) && std::isfinite(rstd[at + i]);
         const double low = SplitMean<A>(mean[at + i]).low;
-        const double sum_g_xhat = (sum_g_x[i] - low * sum_g[i]) * rstd[at + i];
+        double sum_g_xhat = (sum_g_x[i] - low * sum_g[i]) * rstd[at + i];
+        if (extreme) [[unlikely]] {
+          ExactGradSums exact{mean[at + i]};
+          for (int64_t c = 0; c < C; ++c) exact.add(double(g_lines(c)[0][i]), double(x_lines(c)[0][i]));
+          sum_g[i] = exact.g;
+          sum_g_xhat = exact.g_x * rstd[at + i];
+        }
         const InputGradient to_x(rstd[at + i], low, sum_g[i] / C, sum_g_xhat / C, centered);
         slope[i] = A(to_x.slope);
         shift[i] = A(to_x.shift);
-        if (is_extreme<T>(rstd[at + i]) && std::isfinite(rstd[at + i])) {
-          extremes.push_back({i, rstd[at + i], to_x.slope, positions.center[i], to_x.shift});
-        }
+        if (extreme) extremes.push_back({i, rstd[at + i], to_x.slope, positions.center[i], to_x.shift});
       }
       const BackwardCoefficients<A> k{positions.center.get(), positions.scale.get(), slope + 0, shift + 0};
       for_channels(planes, part, [&](int64_t c, int64_t lines) {

@@ -4,6 +4,7 @@ layers, and with layers that do not keep their inputs."""
 import argparse
 import copy
 import json
+import os
 import time
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--models", nargs="+", choices=[m.name for m in MODELS], default=[m.name for m in MODELS])
     parser.add_argument("--output", type=Path, default=Path("bench/results/memory"), help="folder for memory.json")
     arguments = parser.parse_args(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each profile prints two lines
     console, start = make_console(), time.perf_counter()
     table = make_table("Highest memory of a training step beyond what it began with, MiB", "model", *COLUMNS)
     found = {}

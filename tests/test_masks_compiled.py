@@ -3,11 +3,10 @@
 import pytest
 import torch
 from cases import CASES, SHAPE
+from compilers import assert_compiled_autograd_is_eager, assert_compiled_is_eager, assert_fake_tensors_lie_as_real_ones
 from fusion_cases import laid_out
 from masks import MASKS, few_cases, masked
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import normops
 import normops.functional as F
 from normops import backend
 
@@ -54,18 +53,7 @@ def test_opcheck_of_private_operators(device):
 def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
     sample = masked(case, "random", device=device, activation="silu", residual=True, dtype=torch.bfloat16)
     sample = laid_out(sample, lambda x: x.contiguous(memory_format=memory_format))
-    real = sample.results(grad=torch.ones_like(sample.input))
-    with FakeTensorMode() as mode:
-
-        def fake(values):
-            return {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-
-        sample.input = mode.from_tensor(sample.input)
-        sample.parameters, sample.fixed = fake(sample.parameters), fake(sample.fixed)
-        results = sample.results(grad=torch.ones_like(sample.input))
-    for name, result in results.items():
-        expected = real[name]
-        assert (result.shape, result.stride(), result.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert_fake_tensors_lie_as_real_ones(sample)
 
 
 @pytest.mark.real_device
@@ -73,27 +61,9 @@ def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
 @few_cases
 def test_compile(case, mode, dynamic, device):
     sample = masked(case, "lengths", device=device, activation="silu", residual=True)
-    statistics = ("running_mean", "running_var")
     if case.over_batch:
         sample.fixed |= {"running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
-    grad = torch.randn_like(sample.input)
-    expected = sample.results(grad=grad)
-    moved = [sample.fixed[name].clone() for name in statistics if name in sample.fixed]
-    if case.over_batch:
-        sample.fixed |= {"running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
-    names = list(sample.parameters)
-
-    def function(input, *values):
-        return getattr(F, case.op)(input, **dict(zip(names, values, strict=True)), **sample.fixed)
-
-    with normops.set_compile_mode(mode):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        output = compiled(sample.input, *sample.parameters.values())
-        grads = torch.autograd.grad(output, [sample.input, *sample.parameters.values()], grad)
-    torch.testing.assert_close(output, expected["output"], rtol=1e-4, atol=1e-4)
-    for result, name in zip(grads, ["input", *names], strict=True):
-        torch.testing.assert_close(result, expected[f"grad_{name}"], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close([sample.fixed[name] for name in statistics if name in sample.fixed], moved)
+    assert_compiled_is_eager(sample, mode, dynamic)
 
 
 @pytest.mark.real_device
@@ -115,14 +85,7 @@ def test_backend(residual, device):
 @pytest.mark.real_device
 def test_compiled_autograd(device):
     sample = masked(CASES[0], "lengths", device=device, activation="silu")
-    grad = torch.randn_like(sample.input)
-    leaves = [sample.input, *sample.parameters.values()]
-    expected = torch.autograd.grad(sample.run(), leaves, grad)
-    output = sample.run()
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        gradients = torch.autograd.grad(output, leaves, grad)
-    for result, other in zip(gradients, expected, strict=True):
-        assert torch.equal(result, other)
+    assert_compiled_autograd_is_eager(sample)
 
 
 @pytest.mark.real_device

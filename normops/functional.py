@@ -66,16 +66,15 @@ dimensions than torch's that does not fit the input.
 residual is a ``ValueError``.
 """
 
-import functools
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
-from normops import _activations, _ops, compilation, nested  # noqa: F401  (_ops registers the operators)
+from normops import _activations, _ops  # noqa: F401  (_ops registers the operators)
+from normops._dispatch import call as _call
+from normops._dispatch import check_is_shape as _check_is_shape
+from normops._dispatch import extras as _extras
 
 __all__ = [
     "add_layer_norm",
@@ -99,79 +98,6 @@ _group_norm = torch.ops.normops.group_norm.default
 _instance_norm = torch.ops.normops.instance_norm.default
 _layer_norm = torch.ops.normops.layer_norm.default
 _rms_norm = torch.ops.normops.rms_norm.default
-
-# The overloads that take more than torch's functions do.
-_FUSED = {
-    op: op.overloadpacket.fused
-    for op in (_batch_norm, _channel_layer_norm, _channel_rms_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm)
-}
-
-
-def _call(op: Any, *args: Any, **extras: Any) -> Any:
-    if torch.compiler.is_compiling():
-        if args[0].is_nested:
-            return nested.run(op._opname, functools.partial(_call, op), *args, **extras)
-        if compilation.decomposes(op._opname, "memory_efficient" in extras or "mask" in extras):
-            return compilation.decomposed(op._opname, *args, **extras)
-    try:
-        return (_FUSED.get(op, op) if extras else op)(*args, **extras)
-    except RuntimeError as error:
-        # Looked for here, where it costs other inputs nothing: operators take no nested ones.
-        if isinstance(args[0], Tensor) and args[0].is_nested:
-            return nested.run(op._opname, functools.partial(_call, op), *args, **extras)
-        if wrong := _WRONG_TYPE.search(str(error)):
-            raise TypeError(_type_message(op, args, extras, *wrong.groups())) from None
-        raise
-
-
-def _extras(
-    activation: str | None,
-    negative_slope: float,
-    residual: Tensor | None,
-    weight_offset: float = 0.0,
-    memory_efficient: bool = False,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> dict[str, Any]:
-    """What is not as it is by default."""
-    extras: dict[str, Any] = {}
-    if activation is not None:
-        extras["activation"] = activation
-    if negative_slope != _activations.DEFAULT_SLOPE:
-        extras["negative_slope"] = negative_slope
-    if residual is not None:
-        extras["residual"] = residual
-    if weight_offset != 0.0:
-        extras["weight_offset"] = weight_offset
-    if memory_efficient:
-        extras["memory_efficient"] = memory_efficient
-    if mask is not None:
-        extras["mask"] = mask
-    if bias is not None:
-        extras["bias"] = bias
-    return extras
-
-
-# Torch's own functions raise TypeError for an argument of the wrong type, and in one line.
-_WRONG_TYPE = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)'")
-
-
-def _type_message(op: Any, args: tuple[Any, ...], extras: dict[str, Any], wanted: str, name: str) -> str:
-    value = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | extras
-    value = value[name]
-    got = type(value).__name__
-    if isinstance(value, (tuple, list)):
-        got += " of " + (", ".join(sorted({type(item).__name__ for item in value})) or "nothing")
-    wanted = re.sub(r"Optional\[(.+)\]", r"\1 or None", wanted).replace("List[int]", "tuple of ints")
-    return f"{op._opname}: expected {name} of type {wanted}, got {got}"
-
-
-def _check_is_shape(op: str, normalized_shape: object) -> None:
-    """The operators take anything that can be iterated; torch's functions take tuples and lists."""
-    if not has_torch_function((normalized_shape,)):
-        raise TypeError(
-            f"{op}: expected normalized_shape to be a tuple or list of ints, got {type(normalized_shape).__name__}"
-        )
 
 
 def length_mask(lengths: Tensor | Sequence[int], size: int) -> Tensor:

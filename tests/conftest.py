@@ -4,6 +4,7 @@ import pytest
 import torch
 from devices import DEVICES
 from emulator import backend
+from ranks import Ranks
 
 from normops._ops import _C, BUILD_INFO
 
@@ -50,3 +51,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Processes that are started when they are first needed, and serve all tests."""
+    pools = {number: Ranks(number) for number in (2, 3)}
+    yield pools
+    for pool in pools.values():
+        pool.stop()
+
+
+@pytest.fixture(params=[2, 3], ids=lambda number: f"{number} ranks")
+def ranks(request, pools):
+    return pools[request.param]

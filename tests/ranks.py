@@ -7,6 +7,7 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -84,3 +85,25 @@ class Ranks:
         if self._processes:
             self._folder.cleanup()
         self._processes = []
+
+
+# For what does not depend on their number.
+two_ranks = pytest.mark.parametrize("ranks", [2], indirect=True, ids=["2 ranks"])
+# Samples on each rank: unequal, and none.
+BATCHES = {2: [(4, 4), (1, 6), (5, 0)], 3: [(3, 3, 3), (1, 2, 5), (4, 0, 3)]}
+
+
+def share(tensor, rank, sizes):
+    return tensor.split(sizes)[rank].clone()
+
+
+def summed(tensor):
+    total = tensor.to(torch.float64, copy=True)
+    dist.all_reduce(total)
+    return total
+
+
+def same_on_all_ranks(tensor):
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return all(torch.equal(other, tensor) for other in gathered)

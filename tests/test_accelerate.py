@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from cases import SHAPE, each_case, each_dtype, each_with_absent_parameters
+from compilers import lie
 from layouts import LAYOUTS, each_layout
 from models import IMAGE, MODELS
-from test_compile import lie
 from test_gradients import TRANSFORMS, differentiable
 from threads import run_together
 from torch.autograd import gradcheck, gradgradcheck

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as TF
 from models import IMAGE, MODELS, scattered
 from torch import nn
+from torch._inductor import metrics
 
 import normops
 from normops import backend, registry
@@ -416,6 +417,21 @@ def test_hooks_and_checkpointing():
 def test_then(then):
     report = compared(nn.Sequential(nn.GroupNorm(2, 6), nn.SiLU()), torch.randn(X), options={"then": then})
     assert whats(report) == ["group_norm + silu"]
+
+
+def test_then_inductor():
+    """It compiles what is left between the calls that took over what was around them."""
+    metrics.reset()
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = torch.relu(norm(x) + x).sin()
+        return x
+
+    model = Net(forward, norms=nn.ModuleList(make() for make in NORMS.values()))
+    report = compared(model, torch.randn(X), options={"then": "inductor"})
+    assert whats(report) == [f"{norm} + add + relu" for norm in NORMS]
+    assert metrics.generated_kernel_count > 0
 
 
 def test_unknown_option():

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from cases import SHAPE, each_case, each_channel_case, each_module, each_row_case
+from compilers import assert_compiled_autograd_is_eager, assert_fake_tensors_lie_as_real_ones
 from layouts import LAYOUTS, each_layout
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normops
 
@@ -98,27 +98,13 @@ def test_opcheck_of_stages(op, layout, device):
     torch.library.opcheck(getattr(OPS, op).default, stages(x, dy)[op])
 
 
-def lie(tensor):
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_layout
 @each_case
 def test_fake_tensors_lie_as_real_ones(case, layout, dtype, device):
     sample = case.sample(dtype=dtype, device=device)
     sample = sample.with_input(LAYOUTS[layout](sample.input.detach()))
-    real = sample.results(grad=torch.ones_like(sample.input))
-    with FakeTensorMode() as mode:
-
-        def fake(value):
-            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-        sample.input = fake(sample.input)
-        sample.parameters = {name: fake(parameter) for name, parameter in sample.parameters.items()}
-        sample.fixed = {name: fake(value) for name, value in sample.fixed.items()}
-        results = sample.results(grad=torch.ones_like(sample.input))
-    assert {name: lie(result) for name, result in results.items()} == {name: lie(value) for name, value in real.items()}
+    assert_fake_tensors_lie_as_real_ones(sample)
 
 
 @each_case
@@ -169,16 +155,8 @@ def test_compiled_module(case, device):
 @pytest.mark.real_device
 @each_case
 def test_compiled_autograd(case, device):
-    """A backward that is compiled when it runs, with the graph that the forward left, eager."""
     sample = case.sample(device=device)
-    grad = torch.randn_like(sample.input)
-    leaves = [sample.input, *sample.parameters.values()]
-    expected = torch.autograd.grad(sample.run(), leaves, grad)
-    output = sample.run()
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        gradients = torch.autograd.grad(output, leaves, grad)
-    for result, other in zip(gradients, expected, strict=True):
-        assert torch.equal(result, other)
+    assert_compiled_autograd_is_eager(sample)
 
 
 @pytest.mark.real_device

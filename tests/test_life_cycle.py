@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES
-from ranks import Ranks
-from test_distributed import same_on_all_ranks
+from ranks import same_on_all_ranks
 from threads import run_together
 
 import normops
@@ -270,11 +269,7 @@ def test_two_versions_on_the_path(tmp_path):
     assert result.returncode == 0
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(3)
-    yield pool
-    pool.stop()
+three_ranks = pytest.mark.parametrize("ranks", [3], indirect=True, ids=["3 ranks"])
 
 
 def network():
@@ -309,6 +304,7 @@ def late(rank, world_size):
         time.sleep(3)
 
 
+@three_ranks
 def test_rank_that_is_late(ranks):
     ranks.run(late)
 
@@ -352,6 +348,7 @@ def killed(rank, world_size, checkpoint):
     assert all(map(same_on_all_ranks, model.state_dict().values()))
 
 
+@three_ranks
 def test_killed_rank(ranks, tmp_path):
     """The others end with an error, and their next training, of fewer ranks, goes on from a checkpoint."""
     with pytest.raises(AssertionError) as failures:

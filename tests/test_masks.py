@@ -7,61 +7,18 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as TF
-from cases import CASES, SHAPE, each_channel_case, each_dtype
+from cases import CASES, each_channel_case, each_dtype
 from comparison import check
-from fusion_cases import fused, laid_out
+from fusion_cases import laid_out
 from layouts import LAYOUTS, each_layout, each_memory_format
-from torch._subclasses.fake_tensor import FakeTensorMode
+from masks import each_mask, few_cases, masked, positions
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import normops
 import normops.functional as F
-from normops import backend
 from normops._activations import apply
 
 OPS = torch.ops.normops
-
-
-def lengths(shape):
-    """Of sequences that are padded behind; one of them is not, and one is nothing else."""
-    sizes = [shape[-1], 0, *torch.randint(2, shape[-1] + 1, (shape[0],)).tolist()][: shape[0]]
-    return F.length_mask(sizes, shape[-1]).view(shape[0], *[1] * (len(shape) - 3), shape[-1])
-
-
-def random(shape):
-    return torch.rand(shape[0], *shape[2:]) < 0.6
-
-
-def holes(shape):
-    """Long runs with something between them."""
-    mask = torch.ones(shape[0], *shape[2:], dtype=torch.bool)
-    mask.view(shape[0], -1)[:, 20:23] = False
-    mask[0, ..., 0] = False
-    return mask
-
-
-def common(shape):
-    """Broadcast over samples, and over rows of positions."""
-    return torch.rand(shape[-1]) < 0.7
-
-
-MASKS = {"lengths": lengths, "random": random, "holes": holes, "common": common}
-each_mask = pytest.mark.parametrize("kind", MASKS)
-FEW = ["batch_norm_training", "batch_norm_eval", "instance_norm", "group_norm_3"]
-few_cases = pytest.mark.parametrize("case", [case for case in CASES if case.name in FEW], ids=lambda case: case.name)
-
-
-def masked(case, kind, shape=SHAPE, device="cpu", activation=None, residual=False, **kwargs):
-    torch.manual_seed(1)
-    sample = fused(case, activation, residual, shape, device=device, **kwargs)
-    sample.fixed["mask"] = MASKS[kind](shape).to(device)
-    return sample
-
-
-def positions(sample):
-    """The mask in the shape of the input."""
-    x = sample.input
-    return sample.fixed["mask"].expand(x.shape[0], *x.shape[2:]).unsqueeze(1).expand(x.shape)
 
 
 # forward and backward
@@ -295,130 +252,6 @@ def test_nothing_valid_in_the_first_samples(device):
     torch.testing.assert_close(y[3:], F.batch_norm(x[3:], *running[1], training=True))
     torch.testing.assert_close(*running)
     assert not y[:3].any()
-
-
-# compile
-
-
-@pytest.fixture(autouse=True)
-def forget_compiled_code():
-    torch._dynamo.reset()
-
-
-@pytest.mark.real_device
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "differentiable"])
-@few_cases
-def test_opcheck(case, requires_grad, device):
-    sample = masked(case, "random", device=device)
-    sample.input.requires_grad_(requires_grad)
-    torch.library.opcheck(getattr(OPS, case.op).fused, (sample.input,), {**sample.parameters, **sample.fixed})
-
-
-def test_opcheck_of_private_operators(device):
-    x, dy = torch.randn(2, *SHAPE, device=device)
-    mask = random(SHAPE).to(device)
-    args = (x, None, None, None, None, 6, True, 1e-5)
-    torch.library.opcheck(OPS._channel_norm.default, args, {"mask": mask})
-    _, mean, var = OPS._channel_norm(*args, mask=mask)
-    args = (dy, x, mean, var, None, 6, True, 1e-5, True, (True, True, True, True))
-    torch.library.opcheck(OPS._channel_norm_backward.default, args, {"mask": mask})
-    torch.library.opcheck(OPS._channel_moments.default, (x, mask))
-    torch.library.opcheck(OPS._channel_grad_sums.default, (dy, x, mean, var, 1e-5, mask))
-    sums = OPS._channel_grad_sums(dy, x, mean, var, 1e-5, mask)
-    weight = torch.randn(6, device=device)
-    torch.library.opcheck(OPS._channel_grad_apply.default, (dy, x, mean, var, weight, *sums, 50, 1e-5, mask))
-    stats = [torch.rand(6, device=device) for _ in range(2)]
-    for counts in ([5], [4, 0, 2, 3]):
-        new = torch.rand(2, *([len(counts)] if len(counts) > 1 else []), 6, device=device, dtype=torch.float64)
-        counts = torch.tensor(counts, device=device)
-        torch.library.opcheck(OPS._update_running_stats.counted, (*stats, *new, 0.1, counts))
-
-
-@pytest.mark.real_device
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@few_cases
-def test_fake_tensors_lie_as_real_ones(case, memory_format, device):
-    sample = masked(case, "random", device=device, activation="silu", residual=True, dtype=torch.bfloat16)
-    sample = laid_out(sample, lambda x: x.contiguous(memory_format=memory_format))
-    real = sample.results(grad=torch.ones_like(sample.input))
-    with FakeTensorMode() as mode:
-
-        def fake(values):
-            return {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-
-        sample.input = mode.from_tensor(sample.input)
-        sample.parameters, sample.fixed = fake(sample.parameters), fake(sample.fixed)
-        results = sample.results(grad=torch.ones_like(sample.input))
-    for name, result in results.items():
-        expected = real[name]
-        assert (result.shape, result.stride(), result.dtype) == (expected.shape, expected.stride(), expected.dtype)
-
-
-@pytest.mark.real_device
-@pytest.mark.parametrize(("mode", "dynamic"), [("auto", False), ("kernel", True), ("decompose", False)], ids=str)
-@few_cases
-def test_compile(case, mode, dynamic, device):
-    sample = masked(case, "lengths", device=device, activation="silu", residual=True)
-    statistics = ("running_mean", "running_var")
-    if case.over_batch:
-        sample.fixed |= {"running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
-    grad = torch.randn_like(sample.input)
-    expected = sample.results(grad=grad)
-    moved = [sample.fixed[name].clone() for name in statistics if name in sample.fixed]
-    if case.over_batch:
-        sample.fixed |= {"running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
-    names = list(sample.parameters)
-
-    def function(input, *values):
-        return getattr(F, case.op)(input, **dict(zip(names, values, strict=True)), **sample.fixed)
-
-    with normops.set_compile_mode(mode):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        output = compiled(sample.input, *sample.parameters.values())
-        grads = torch.autograd.grad(output, [sample.input, *sample.parameters.values()], grad)
-    torch.testing.assert_close(output, expected["output"], rtol=1e-4, atol=1e-4)
-    for result, name in zip(grads, ["input", *names], strict=True):
-        torch.testing.assert_close(result, expected[f"grad_{name}"], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close([sample.fixed[name] for name in statistics if name in sample.fixed], moved)
-
-
-@pytest.mark.real_device
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_backend(residual, device):
-    """What follows a masked norm stays behind it: it is not masked."""
-    x, r = torch.randn(2, *SHAPE, device=device)
-    mask = random(SHAPE).to(device)
-
-    def function(x, r):
-        y = F.batch_norm(x, None, None, training=True, mask=mask)
-        return torch.relu(y + r if residual else y + 1)
-
-    backend.register()
-    compiled = torch.compile(function, backend="normops")
-    torch.testing.assert_close(compiled(x, r), function(x, r))
-
-
-@pytest.mark.real_device
-def test_compiled_autograd(device):
-    sample = masked(CASES[0], "lengths", device=device, activation="silu")
-    grad = torch.randn_like(sample.input)
-    leaves = [sample.input, *sample.parameters.values()]
-    expected = torch.autograd.grad(sample.run(), leaves, grad)
-    output = sample.run()
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        gradients = torch.autograd.grad(output, leaves, grad)
-    for result, other in zip(gradients, expected, strict=True):
-        assert torch.equal(result, other)
-
-
-@pytest.mark.real_device
-def test_length_mask_in_compiled_code(device):
-    def norm(x, lengths):
-        return F.instance_norm(x, mask=F.length_mask(lengths, x.shape[-1]))
-
-    x, sizes = torch.randn(3, 4, 9, device=device), torch.tensor([9, 2, 5], device=device)
-    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch.testing.assert_close(compiled(x, sizes), norm(x, sizes))
 
 
 # modules

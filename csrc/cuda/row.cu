@@ -6,7 +6,8 @@
 #include <type_traits>
 
 #include "channel.h"
-#include "row_kernels.cuh"
+#include "row_backward.cuh"
+#include "row_forward.cuh"
 #include "scratch.h"
 
 namespace normops::cuda {

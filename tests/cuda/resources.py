@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of every CUDA kernel, and what its machine code says of its speed (sass.py).
 
 ``python tests/cuda/resources.py build`` compares them with the table beside this file and fails, naming the kernel, if
-one got worse; ``--update`` writes the table anew.
+one got worse; ``--update`` writes anew what the table has of the architectures that were compiled.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sass
 
 TABLE = Path(__file__).with_suffix(".txt")
 FIELDS = ["registers", "spilled", "stack", "shared"]  # bytes, but for the registers
-READ = ["80", "90"]  # architectures whose machine code is read
+READ = ["80", "90", "100"]  # architectures whose machine code is read
 
 # What is worse: less or more of it, and by which factor before it counts.
 LESS = {"blocks": 1, "flight": 1}
@@ -97,7 +97,7 @@ def problems(found, known):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("build", type=Path, help="the folder of all builds: the latest is taken")
-    parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} anew")
+    parser.add_argument("--update", action="store_true", help=f"write their rows of {TABLE.name} anew")
     arguments = parser.parse_args()
     folders = sorted(arguments.build.glob("*/cuda"), key=lambda folder: folder.stat().st_mtime)
     if not folders:
@@ -108,11 +108,13 @@ def main():
     else:
         print("cuobjdump, which comes with CUDA's toolkit and with Triton, is missing: machine code is not read")
     found = readable(found)
+    compiled = {arch for _, arch in found}
     if arguments.update:
-        write(found, TABLE)
+        others = {key: fields for key, fields in read().items() if key[1] not in compiled}
+        write(others | found, TABLE)
     worse = list(problems(found, read()))
     spilling = [key for key, fields in found.items() if fields["spilled"]]
-    architectures = sorted({arch for _, arch in found}, key=lambda arch: int(re.sub(r"\D", "", arch)))
+    architectures = sorted(compiled, key=lambda arch: int(re.sub(r"\D", "", arch)))
     kernels, most = len({name for name, _ in found}), max(fields["registers"] for fields in found.values())
     where = ", ".join(f"sm_{arch}" for arch in architectures)
     print(f"{kernels} kernels for {where}: at most {most} registers, {len(spilling)} of {len(found)} spill")

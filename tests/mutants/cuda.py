@@ -62,7 +62,7 @@ FAULTS = [
     Fault(
         "low_of_cuda_rows",
         "swapped sign",
-        "csrc/cuda/row_kernels.cuh",
+        "csrc/cuda/row_forward.cuh",
         "shift[r] = -low[r] * scale[r];",
         "shift[r] = low[r] * scale[r];",
         "test_edge_cases.py -k 'emulated and large_mean and layer_norm'",
@@ -70,7 +70,7 @@ FAULTS = [
     Fault(
         "offset_of_cuda_rows",
         "case left out",
-        "csrc/cuda/row_kernels.cuh",
+        "csrc/cuda/row_backward.cuh",
         "(kExtras ? factor + a.extras.weight_offset : factor);",
         "factor;",
         "test_fusion.py -k 'emulated and offset'",

@@ -166,7 +166,7 @@ FAULTS = [
     Fault(
         "slope_by_default",
         "case left out",
-        "normops/functional.py",
+        "normops/_dispatch.py",
         "    if negative_slope != _activations.DEFAULT_SLOPE:\n",
         "    if negative_slope > 1:\n",
         "test_fusion.py -k 'modules and not emulated'",

@@ -41,7 +41,8 @@ AREAS = {
     "csrc/cuda/": _CORE + "-k emulated",
     "csrc/": _CORE + "test_layouts.py test_parallel.py test_autocast.py test_identities.py -k 'not emulated'",
     "normops/": "test_modules.py test_lazy.py test_conversion.py test_registry.py test_nested.py test_errors.py "
-    "test_tracing.py test_fusion.py test_masks.py test_backend.py test_compile.py test_distributed.py "
+    "test_tracing.py test_fusion.py test_masks.py test_masks_compiled.py test_backend.py test_compile.py "
+    "test_distributed.py test_distributed_training.py "
     "test_accelerate.py test_func.py -k 'not emulated'",
     "bench/": "test_bench.py test_bench_accuracy.py test_bench_models.py test_bench_gpu.py test_page.py "
     "test_experiments.py",

@@ -131,7 +131,7 @@ def figure(data: dict):
         2 * len(names),
         f"Activations (above) and gradients (below), by layer and step; {DEPTH} layers",
         columns=len(names),
-        size=(3.1, 2.9),
+        size=(2.3, 2.5),
     )
     for row, what in enumerate(("activations", "gradients")):
         grids = {

@@ -184,7 +184,20 @@ def test_accuracy_and_memory(tmp_path):
     )
     _, markdown, _ = made(tmp_path, folder)
     assert "rms_norm + silu + residual" in markdown and "1.5e-07" in markdown and "2.5e-06" in markdown
+    assert "| run | 2.5e-06 | rms_norm + silu + residual, float32, contiguous, mean 0 | 1.5e-07 |" in markdown
     assert "| Net | 3.0 | 1.0 |" in markdown
+
+
+def test_distance_to_the_floor_as_in_a_model(tmp_path):
+    """The drawing shows the runs with cold caches where there are any, and the table all of them."""
+    for name, caches in (("inside", "cold"), ("loop", "warm")):
+        write(tmp_path / name, timings=[timing(2.0, regime=(caches, "default"), floor=5e-4)])
+    _, markdown, _ = made(tmp_path, tmp_path / "inside", tmp_path / "loop")
+    drawn = (tmp_path / "out" / "floors.svg").read_text()
+    assert "layer_norm, inside" in drawn and "layer_norm, loop" not in drawn
+    assert "| inside | cold" in markdown and "| loop | warm" in markdown
+    made(tmp_path, tmp_path / "loop")
+    assert "layer_norm, loop" in (tmp_path / "out" / "floors.svg").read_text()
 
 
 def test_threads(tmp_path):

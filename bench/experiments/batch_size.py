@@ -9,7 +9,18 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import normops
-from bench.experiments.study import STYLES, Experiment, Finding, Scale, finding, legend, median, panels, percent, plain
+from bench.experiments.study import (
+    STYLES,
+    Experiment,
+    Finding,
+    Scale,
+    finding,
+    legend_below,
+    median,
+    panels,
+    percent,
+    plain,
+)
 from bench.experiments.training import Curve, accuracy, batches, digits_data, train
 from bench.tables import make_table
 
@@ -143,14 +154,15 @@ def figure(data: dict):
     for style, layer in zip(STYLES, data["layers"], strict=False):
         values = [_accuracy(data, layer, size) for size in SIZES]
         middles = [median(value) for value in values]
-        axes.plot(SIZES, middles, **style, markersize=5, linewidth=1.5, label=layer)
+        # SyncBatchNorm lies on BatchNorm, which is drawn first, and wider.
+        axes.plot(SIZES, middles, **style, markersize=5, linewidth=5 if layer == "BatchNorm" else 1.5, label=layer)
         axes.fill_between(
             SIZES, [min(value) for value in values], [max(value) for value in values], color=style["color"], alpha=0.12
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(SIZES, map(str, SIZES))
     axes.invert_xaxis()
-    legend(axes, loc="lower left")
+    legend_below(made, axes)
     return made
 
 

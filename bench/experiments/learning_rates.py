@@ -10,7 +10,7 @@ from bench.experiments.study import (
     Finding,
     Scale,
     finding,
-    legend,
+    legend_below,
     median,
     panels,
     percent,
@@ -126,7 +126,7 @@ def figure(data: dict):
     axes.axhline(data["goals"][0], color="#3c4650", linewidth=0.8)
     place = {"transform": axes.get_yaxis_transform(), "fontsize": 7, "va": "bottom", "color": "#3c4650"}
     axes.text(0.01, data["goals"][0], "the baseline's best", **place)
-    legend(axes, loc="center right")
+    legend_below(made, axes)
     return made
 
 

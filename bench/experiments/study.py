@@ -108,3 +108,9 @@ def plain(axes: Axes, title: str, xlabel: str, ylabel: str, grid: str = "both") 
 
 def legend(axes: Axes, **options) -> None:
     axes.legend(**{"frameon": False, "fontsize": 8, **options})
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Where there is no room among many lines."""
+    entries = axes.get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=3, frameon=False, fontsize=8)

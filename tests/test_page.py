@@ -160,7 +160,7 @@ def test_experiments(tmp_path):
     }
     folder = write(tmp_path / "run", "experiments.json", experiments={"f": kept, "z": kept})
     html, markdown, _ = made(tmp_path, folder)
-    assert "It held &lt;often&gt;" in html and "held in 2 of 3 (2 of 3)" in markdown
+    assert "It held &lt;often&gt;" in html and "| held in 2 of 3 |" in markdown
 
 
 def test_two_runs_compared(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 from collections import defaultdict
 
 from bench.experiments import EXPERIMENTS
+from bench.experiments.study import outcome
 from bench.page import charts
 from bench.page.blocks import Cell, Chart, Lines, Section, Table, number, of_rich
 from bench.page.runs import HEADLINE, Run, mean
@@ -319,12 +320,8 @@ def experiments(runs: list[Run]) -> list[Section]:
     if not with_any:
         return [Section("Experiments", text="No run of python -m bench experiments is among these.")]
     run = with_any[-1]
-    rows = [
-        [f"{key}. {one['title']}", found["claim"], f"{found['verdict']} ({found['agreed']} of {found['of']})"]
-        for key, one in run.experiments.items()
-        for found in one["findings"]
-    ]
-    first = Section("Experiments", [Table(["experiment", "claim", "outcome"], rows, f"{run.label}, {run.machine}")])
+    rows = [[key, found["claim"], outcome(found)] for key, one in run.experiments.items() for found in one["findings"]]
+    first = Section("Experiments", [Table(["", "claim", "outcome"], rows, f"{run.label}, {run.machine}")])
     sections = [first]
     for key, one in run.experiments.items():
         section = Section(f"{key}. {one['title']}", text=one["setup"], level=3)

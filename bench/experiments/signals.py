@@ -190,7 +190,7 @@ def findings(data: dict) -> list[Finding]:
             "first's.",
         ),
         finding(
-            "So are the gradients, in proportion to the weights.",
+            "At the first step gradients, in proportion to the weights, are within that factor, too, but not without.",
             alike("gradients", "first"),
             f"At the first step the ratio of the largest to the smallest gradients of a layer was "
             f"{say('gradients', 'first')}; at the last step {say('gradients', 'last')}.",

@@ -12,9 +12,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = normops.LayerNorm(width, elementwise_affine=False)
+        self.norm1 = normops.AdaLayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.norm2 = normops.LayerNorm(width, elementwise_affine=False)
+        self.norm2 = normops.AdaLayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)  # a block begins as the identity
@@ -22,10 +22,9 @@ class DiTBlock(nn.Module):
 
     def forward(self, x, condition):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)
-        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        y = self.norm1(x, scale1, shift1)  # norm(x) * (1 + scale1) + shift1, in one pass
         x = x + gate1 * self.attention(y, y, y, need_weights=False)[0]
-        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
-        return x + gate2 * self.mlp(y)
+        return x + gate2 * self.mlp(self.norm2(x, scale2, shift2))
 
 
 torch.manual_seed(0)

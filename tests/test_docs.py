@@ -125,13 +125,15 @@ def test_every_name_is_documented():
 
 
 def messages():
-    """What the build raises or prints: the parts between what is put in."""
-    for path in [ROOT / "setup.py", *(ROOT / "building").glob("*.py")]:
+    """What the build and the import raise or print: the parts between what is put in."""
+    says = {"SystemExit", "ImportError", "print"}
+    for path in [ROOT / "setup.py", *(ROOT / "building").glob("*.py"), ROOT / "normops" / "_ops.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             function = getattr(node, "func", None)
-            if isinstance(node, ast.Call) and getattr(function, "id", "") in ("SystemExit", "print") and node.args:
+            if isinstance(node, ast.Call) and getattr(function, "id", "") in says and node.args:
                 parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
                 yield [part.value.strip() for part in parts if isinstance(part, ast.Constant)]
+    yield re.search(r'echo "(make [^$"]*)\$\(CURDIR\), ([^"]*)"', (ROOT / "Makefile").read_text()).groups()
 
 
 def test_every_message_of_the_build_has_a_cure():

@@ -1,7 +1,9 @@
 """The experiments, in a fraction of their length: figures, tables and sentences come of whatever was measured."""
 
 import json
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +57,16 @@ def test_sets_are_those_of_the_layer():
     _, _, statistic = sharing.LAYERS["BatchNorm"]
     assert sharing.partition(ours()) != sharing._expected(statistic)
     assert sharing.partition(lambda x: x.cumsum(0)) is None
+
+
+def test_sets_that_touch_have_different_greys():
+    for name, (ours, _, _) in sharing.LAYERS.items():
+        numbers = np.array(sharing.partition(ours())).reshape(sharing.SHAPE)
+        greys = sharing._shades(numbers)
+        for axis in range(3):
+            for one, other in pairwise(np.moveaxis(numbers, axis, 0)):
+                for a, b in zip(one.flat, other.flat, strict=True):
+                    assert a == b or greys[a] != greys[b], name
 
 
 class TestOutcomes:

@@ -122,7 +122,7 @@ def test_run_of_everything(tmp_path):
     # 2.0 and 0.5 are there, and what is in doubt is not.
     for text in (html, markdown):
         assert "2.00" in text and "0.50" in text
-        assert "1 timings are in doubt" in text and "Other was not measured: no" in text
+        assert "in doubt: 1 timings" in text and "Other was not measured: no" in text
     assert "9.00" not in markdown
     assert "Net &lt;1&gt;" in html and "Net <1>" in markdown
 
@@ -160,7 +160,7 @@ def test_experiments(tmp_path):
     }
     folder = write(tmp_path / "run", "experiments.json", experiments={"f": kept, "z": kept})
     html, markdown, _ = made(tmp_path, folder)
-    assert "It held &lt;often&gt;" in html and "held in 2 of 3 (2 of 3)" in markdown
+    assert "It held &lt;often&gt;" in html and "| held in 2 of 3 |" in markdown
 
 
 def test_two_runs_compared(tmp_path):
@@ -184,6 +184,7 @@ def test_accuracy_and_memory(tmp_path):
     )
     _, markdown, _ = made(tmp_path, folder)
     assert "rms_norm + silu + residual" in markdown and "1.5e-07" in markdown and "2.5e-06" in markdown
+    assert "| run | 2.5e-06 | rms_norm + silu + residual, float32, contiguous, mean 0 | 1.5e-07 |" in markdown
     assert "| Net | 3.0 | 1.0 |" in markdown
 
 
@@ -196,6 +197,18 @@ def test_sweeps_and_mistakes(tmp_path):
     _, markdown, _ = made(tmp_path, folder)
     assert "| 100 | 2 | inf |" in markdown and "Means of the data" in markdown
     assert "| It is \\| wrong | nan | 0.5 |" in markdown and "sweeps-run.svg" in markdown
+
+
+def test_distance_to_the_floor_as_in_a_model(tmp_path):
+    """The drawing shows the runs with cold caches where there are any, and the table all of them."""
+    for name, caches in (("inside", "cold"), ("loop", "warm")):
+        write(tmp_path / name, timings=[timing(2.0, regime=(caches, "default"), floor=5e-4)])
+    _, markdown, _ = made(tmp_path, tmp_path / "inside", tmp_path / "loop")
+    drawn = (tmp_path / "out" / "floors.svg").read_text()
+    assert "layer_norm, inside" in drawn and "layer_norm, loop" not in drawn
+    assert "| inside | cold" in markdown and "| loop | warm" in markdown
+    made(tmp_path, tmp_path / "loop")
+    assert "layer_norm, loop" in (tmp_path / "out" / "floors.svg").read_text()
 
 
 def test_threads(tmp_path):

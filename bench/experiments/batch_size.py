@@ -9,12 +9,24 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import normops
-from bench.experiments.study import STYLES, Experiment, Finding, Scale, finding, legend, median, panels, percent, plain
+from bench.experiments.study import (
+    STYLES,
+    Experiment,
+    Finding,
+    Scale,
+    finding,
+    legend_below,
+    median,
+    panels,
+    percent,
+    plain,
+)
 from bench.experiments.training import Curve, accuracy, batches, digits_data, train
 from bench.tables import make_table
 
 SIZES = [64, 32, 16, 8, 4, 2, 1]
-IMAGES = 2400  # seen by each training, whatever the batch size
+# What a training takes at least. For the images alone, large batches would take too few steps to learn anything.
+IMAGES, STEPS = 2400, 200
 WIDTH, GROUPS, RANKS = 16, 4, 2
 LEARNING_RATE = 0.1  # for batches of 64, and in proportion for smaller ones
 SYNC = "SyncBatchNorm, 2 ranks"
@@ -34,11 +46,11 @@ def network(layer: str) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 10))
 
 
-def _steps(size: int, images: int) -> int:
-    return max(1, images // size)
+def _steps(size: int, scale: Scale) -> int:
+    return max(scale(STEPS), scale(IMAGES) // size)
 
 
-def train_alone(layer: str, size: int, seed: int, images: int) -> Curve:
+def train_alone(layer: str, size: int, seed: int, scale: Scale) -> Curve:
     data = digits_data()
     torch.manual_seed(seed)
     order = batches(len(data.images), size, seed)
@@ -48,10 +60,10 @@ def train_alone(layer: str, size: int, seed: int, images: int) -> Curve:
         return (data.images[index],), data.labels[index]
 
     test = (data.test_images,), data.test_labels
-    return train(network(layer), _steps(size, images), batch, test, learning_rate=LEARNING_RATE * size / SIZES[0])
+    return train(network(layer), _steps(size, scale), batch, test, learning_rate=LEARNING_RATE * size / SIZES[0])
 
 
-def _train_part(rank: int, store: str, tasks: list[tuple[int, int]], images: int, output: str) -> None:
+def _train_part(rank: int, store: str, tasks: list[tuple[int, int]], scale: Scale, output: str) -> None:
     """A rank: trains on its half of every batch, and adds its gradients to those of the other."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
@@ -62,7 +74,7 @@ def _train_part(rank: int, store: str, tasks: list[tuple[int, int]], images: int
         model = network(SYNC)
         order = batches(len(data.images), size, seed)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE * size / SIZES[0], momentum=0.9)
-        for _ in range(_steps(size, images)):
+        for _ in range(_steps(size, scale)):
             # Of a batch of one image the second rank has none: it takes part all the same.
             index = next(order).tensor_split(RANKS)[rank]
             optimizer.zero_grad()
@@ -83,15 +95,14 @@ def _train_part(rank: int, store: str, tasks: list[tuple[int, int]], images: int
     dist.destroy_process_group()
 
 
-def train_on_ranks(tasks: list[tuple[int, int]], images: int) -> dict[tuple[int, int], float]:
+def train_on_ranks(tasks: list[tuple[int, int]], scale: Scale) -> dict[tuple[int, int], float]:
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "found")
-        mp.spawn(_train_part, (str(Path(folder) / "store"), tasks, images, output), nprocs=RANKS)
+        mp.spawn(_train_part, (str(Path(folder) / "store"), tasks, scale, output), nprocs=RANKS)
         return torch.load(output)
 
 
 def run(scale: Scale, tick) -> dict:
-    images = scale(IMAGES, SIZES[0])
     found = {}
     for layer in LAYERS:
         if layer == SYNC:
@@ -100,7 +111,7 @@ def run(scale: Scale, tick) -> dict:
         for size in SIZES:
             curves = []
             for seed in scale.seeds:
-                curves.append(train_alone(layer, size, seed, images))
+                curves.append(train_alone(layer, size, seed, scale))
                 tick()
             rows[size] = {
                 "accuracy": [curve.accuracy[-1] for curve in curves],
@@ -108,7 +119,7 @@ def run(scale: Scale, tick) -> dict:
             }
         found[layer] = rows
     tasks = [(size, seed) for size in SIZES for seed in scale.seeds]
-    joined = train_on_ranks(tasks, images)
+    joined = train_on_ranks(tasks, scale)
     for _ in tasks:
         tick()
     found[SYNC] = {
@@ -116,7 +127,7 @@ def run(scale: Scale, tick) -> dict:
     }
     return {
         "seeds": list(scale.seeds),
-        "images": images,
+        "steps": {str(size): _steps(size, scale) for size in SIZES},
         "layers": {layer: {str(size): row for size, row in rows.items()} for layer, rows in found.items()},
     }
 
@@ -127,10 +138,11 @@ def _accuracy(data: dict, layer: str, size: int) -> list[float]:
 
 def table(data: dict):
     caption = (
-        f"accuracy on images not trained on, in percent, after {data['images']} images; median of "
-        f"{len(data['seeds'])} seeds; batch size of SyncBatchNorm: of both ranks together"
+        f"accuracy on images not trained on, in percent; median of {len(data['seeds'])} seeds; batch size of "
+        "SyncBatchNorm: of both ranks together"
     )
     made = make_table("", "layer", *map(str, SIZES), caption=caption)
+    made.add_row("steps", *map(str, data["steps"].values()))
     for layer in data["layers"]:
         made.add_row(layer, *(f"{100 * median(_accuracy(data, layer, size)):.1f}" for size in SIZES))
     return made
@@ -138,18 +150,19 @@ def table(data: dict):
 
 def figure(data: dict):
     made, (axes,) = panels(1, "Accuracy against batch size", size=(7.6, 4.4))
-    plain(axes, f"after {data['images']} images, least to most of the seeds", "images in a batch", "accuracy")
+    plain(axes, "median, and least to most of the seeds", "images in a batch", "accuracy")
     for style, layer in zip(STYLES, data["layers"], strict=False):
         values = [_accuracy(data, layer, size) for size in SIZES]
         middles = [median(value) for value in values]
-        axes.plot(SIZES, middles, **style, markersize=5, linewidth=1.5, label=layer)
+        # SyncBatchNorm lies on BatchNorm, which is drawn first, and wider.
+        axes.plot(SIZES, middles, **style, markersize=5, linewidth=5 if layer == "BatchNorm" else 1.5, label=layer)
         axes.fill_between(
             SIZES, [min(value) for value in values], [max(value) for value in values], color=style["color"], alpha=0.12
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(SIZES, map(str, SIZES))
     axes.invert_xaxis()
-    legend(axes, loc="lower left")
+    legend_below(made, axes)
     return made
 
 
@@ -208,9 +221,10 @@ EXPERIMENT = Experiment(
     "b",
     "batch_size",
     "Accuracy against batch size",
-    f"Three convolutions on 8x8 images of digits, {IMAGES} images seen by each training, learning rate in proportion "
-    "to the batch, after the experiments of Wu and He (2018); SyncBatchNorm in two processes with half of each batch.",
-    150,
+    f"Three convolutions on 8x8 images of digits; at least {IMAGES} images and {STEPS} steps, learning rate in "
+    "proportion to the batch, after the experiments of Wu and He (2018); SyncBatchNorm in two processes with half of "
+    "each batch.",
+    300,
     lambda scale: len(LAYERS) * len(SIZES) * len(scale.seeds),
     run,
     figure,

@@ -9,7 +9,7 @@ import torch
 
 from bench.command import Bar, make_console
 from bench.experiments import EXPERIMENTS
-from bench.experiments.study import Experiment, Scale
+from bench.experiments.study import Experiment, Scale, outcome
 from bench.machine import environment, results_folder
 from bench.tables import environment_table, make_table, markdown
 
@@ -44,12 +44,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def claims_table(kept: dict[str, dict]):
-    caption = "In brackets: in how many of the repetitions (seeds, layers, sizes) the claim was true"
-    table = make_table("Claims", "experiment", "claim", "outcome", texts=3, caption=caption)
+    caption = "Counted are the repetitions (seeds, layers, sizes) in which the claim was true"
+    table = make_table("Claims", "", "claim", "outcome", texts=3, caption=caption)
     for key, one in kept.items():
         for found in one["findings"]:
-            outcome = f"{found['verdict']} ({found['agreed']} of {found['of']})"
-            table.add_row(f"{key}. {one['title']}", found["claim"], outcome)
+            table.add_row(key, found["claim"], outcome(found))
     return table
 
 

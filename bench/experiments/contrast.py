@@ -102,7 +102,7 @@ def transferred(content: Tensor, style: Tensor) -> Tensor:
 
 
 def figure(data: dict):
-    made, axes = panels(8, "Contrast and style", columns=4, size=(3.7, 3.0))
+    made, axes = panels(8, "Contrast and style", columns=2, size=(4.5, 2.6))
     photos = [photo(name) for name in PHOTOS]
     dark, bright = changed(photos[0], 0.25), changed(photos[0], 0.7)
     layer = normops.InstanceNorm2d(3, eps=1e-12)
@@ -121,9 +121,10 @@ def figure(data: dict):
     plain(axes[6], "output moved by (of its std)", "contrast of one photograph", "")
     plain(axes[7], "accuracy of networks", "contrast of all images", "")
     for style, (name, values) in zip(STYLES, data["invariance"].items(), strict=False):
-        axes[6].plot(
-            CONTRASTS, [max(value, 1e-8) for value in values], **style, markersize=4, linewidth=1.3, label=name
-        )
+        # That of one group lies on InstanceNorm's, which is drawn first, and wider.
+        width = 4 if name == "InstanceNorm" else 1.3
+        heights = [max(value, 1e-8) for value in values]
+        axes[6].plot(CONTRASTS, heights, **style, markersize=1.5 + width, linewidth=width, label=name)
     for style, (name, found) in zip(STYLES, data["accuracy"].items(), strict=False):
         middles = [median(values) for values in zip(*found, strict=True)]
         axes[7].plot(CONTRASTS, middles, **style, markersize=4, linewidth=1.3, label=name)
@@ -131,7 +132,7 @@ def figure(data: dict):
     for panel in axes[6:]:
         panel.set_xscale("log")
         panel.set_xticks([0.1, 1, 10], ["x0.1", "x1", "x10"])
-        legend(panel, fontsize=6.5)
+        legend(panel)
     return made
 
 

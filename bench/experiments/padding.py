@@ -156,7 +156,7 @@ def table(data: dict):
 
 
 def figure(data: dict):
-    made, (left, right) = panels(2, "Padded sequences", columns=2, size=(5.2, 3.9))
+    made, (left, right) = panels(2, "Padded sequences", columns=2, size=(4.6, 3.9))
     plain(left, "accuracy during training, first seed", f"steps of {BATCH} sequences", "accuracy")
     plain(right, f"after training, and with {MORE} times the length", "", "accuracy", "y")
     for number, (style, (layer, found)) in enumerate(zip(STYLES, data["layers"].items(), strict=False)):

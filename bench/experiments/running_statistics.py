@@ -124,7 +124,7 @@ def table(data: dict):
 
 
 def figure(data: dict):
-    made, axes = panels(3, "Running statistics", size=(4.4, 3.7))
+    made, axes = panels(3, "Running statistics", size=(3.2, 3.4))
     titles = ["running mean: error in std", "running std: relative error", "accuracy in evaluation, first seed"]
     for panel, title in zip(axes, titles, strict=True):
         plain(panel, title, f"batches of {BATCH}", "")

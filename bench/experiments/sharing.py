@@ -136,7 +136,7 @@ def figure(data: dict):
     from matplotlib.figure import Figure
 
     names = list(data["layers"])
-    made = Figure(figsize=(3.3 * 4, 3.5 * -(-len(names) // 4)), layout="constrained")
+    made = Figure(figsize=(2.4 * 4, 2.7 * -(-len(names) // 4)), layout="constrained")
     made.suptitle("Which elements share a statistic", fontsize=12, fontweight="bold")
     for number, name in enumerate(names, start=1):
         axes = made.add_subplot(-(-len(names) // 4), 4, number, projection="3d")
@@ -146,7 +146,7 @@ def figure(data: dict):
         0.5,
         -0.01,
         "Dark: the elements whose outputs move when the marked corner (first sample, first channel, last position) is "
-        "changed. Light and middle: the other sets.",
+        "changed.\nThe other sets are in shades of grey, neighbours in different ones.",
         ha="center",
         va="top",
         fontsize=9,
@@ -154,17 +154,32 @@ def figure(data: dict):
     return made
 
 
+def _shades(numbers: np.ndarray) -> dict[int, str]:
+    """A grey for each set, other than those of the sets that it touches."""
+    touches: dict[int, set[int]] = {number: set() for number in numbers.flat}
+    for axis in range(numbers.ndim):
+        sides = np.moveaxis(numbers, axis, 0)
+        for one, other in zip(sides[:-1].flat, sides[1:].flat, strict=True):
+            touches[one] |= {other} - {one}
+            touches[other] |= {one} - {other}
+    shades = ["#f1f3f5", "#c8d0d8", "#9aa6b2", "#dfe4e9"]
+    chosen: dict[int, str] = {}
+    for number in sorted(touches):
+        taken = {chosen.get(other) for other in touches[number]}
+        chosen[number] = next(shade for shade in shades if shade not in taken)
+    return chosen
+
+
 def _draw(axes, sets: list[int] | None) -> None:
     """A block of N by C by S cubes: positions go up, channels to the right, samples to the back."""
     blocks = np.ones((CHANNELS, SAMPLES, POSITIONS), dtype=bool)
     numbers = np.zeros(SHAPE, dtype=int) if sets is None else np.array(sets).reshape(SHAPE)
     marked = numbers[0, 0, POSITIONS - 1]
-    others = {number: place for place, number in enumerate(n for n in sorted(set(numbers.flat)) if n != marked)}
-    shades = ["#eef1f4", "#cfd6dd"]
+    shades = _shades(numbers)
     colours = np.empty(blocks.shape, dtype=object)
     for n, c, s in np.ndindex(*SHAPE):
         number = numbers[n, c, s]
-        colours[c, n, s] = NORMOPS if number == marked else shades[others[number] % 2]
+        colours[c, n, s] = NORMOPS if number == marked else shades[number]
     colours[0, 0, POSITIONS - 1] = BACKWARD
     axes.voxels(blocks, facecolors=colours, edgecolor="#6b7782", linewidth=0.4, shade=False)
     axes.set_box_aspect((CHANNELS, SAMPLES, POSITIONS))

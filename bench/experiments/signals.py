@@ -131,7 +131,7 @@ def figure(data: dict):
         2 * len(names),
         f"Activations (above) and gradients (below), by layer and step; {DEPTH} layers",
         columns=len(names),
-        size=(3.1, 2.9),
+        size=(2.3, 2.5),
     )
     for row, what in enumerate(("activations", "gradients")):
         grids = {
@@ -190,7 +190,7 @@ def findings(data: dict) -> list[Finding]:
             "first's.",
         ),
         finding(
-            "So are the gradients, in proportion to the weights.",
+            "At the first step gradients, in proportion to the weights, are within that factor, too, but not without.",
             alike("gradients", "first"),
             f"At the first step the ratio of the largest to the smallest gradients of a layer was "
             f"{say('gradients', 'first')}; at the last step {say('gradients', 'last')}.",

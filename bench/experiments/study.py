@@ -1,7 +1,7 @@
 """What experiments have in common: how long they last, what they find, how they are drawn."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -48,6 +48,12 @@ class Finding:
         if self.agreed == self.of:
             return "held"
         return f"held in {self.agreed} of {self.of}" if 2 * self.agreed > self.of else "did not hold"
+
+
+def outcome(kept: Mapping) -> str:
+    """Of a recorded finding: the verdict, and in how many of the repetitions the claim was true."""
+    counts = f"{kept['agreed']} of {kept['of']}"
+    return kept["verdict"] if counts in kept["verdict"] else f"{kept['verdict']} ({counts})"
 
 
 @dataclass(frozen=True)
@@ -108,3 +114,9 @@ def plain(axes: Axes, title: str, xlabel: str, ylabel: str, grid: str = "both") 
 
 def legend(axes: Axes, **options) -> None:
     axes.legend(**{"frameon": False, "fontsize": 8, **options})
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Where there is no room among many lines."""
+    entries = axes.get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=3, frameon=False, fontsize=8)

@@ -21,25 +21,24 @@ def _times(axes, axis: str = "x") -> None:
 
 
 def means(rows: list[tuple[str, dict[str, float | None]]], title: str, names: Iterable[str]) -> Figure:
-    """Bars from 1: a row for each label, and in it a bar for each name."""
+    """Bars from 1: a row for each label, and in it a bar for each name that has a value."""
     names = list(names)
-    height = 0.8 / max(1, len(names))
-    figure = Figure(figsize=(6.6, 1.3 + (0.16 + 0.2 * len(names)) * len(rows)), layout="constrained")
+    shown = [(label, [name for name in names if values.get(name) is not None], values) for label, values in rows]
+    bars, gap = sum(len(here) for _, here, _ in shown), 0.7  # a gap between rows, in bars
+    figure = Figure(figsize=(6.6, 1.1 + 0.17 * (bars + gap * len(rows))), layout="constrained")
     axes = figure.subplots()
     bare(axes, "x")
-    axes.set_title(title, fontsize=10)
-    for row, (_, values) in enumerate(rows):
-        for place, name in enumerate(names):
-            value = values.get(name)
-            if value is None:
-                continue
-            y = row - 0.4 + height * (place + 0.5)
+    middles, y = [], 0.0
+    for _, here, values in shown:
+        middles.append(y + len(here) / 2)
+        for name in here:
+            value, place = values[name], names.index(name)
             style = {"color": SHADES[place % len(SHADES)], "hatch": ["", "///", "...", "xxx"][place % 4]}
-            axes.barh(y, value - 1, 0.9 * height, left=1, edgecolor="white", linewidth=0.4, label=name, **style)
+            axes.barh(y + 0.5, value - 1, 0.9, left=1, edgecolor="white", linewidth=0.4, label=name, **style)
             side = 1 if value >= 1 else -1
             axes.annotate(
                 f"{value:.2f}",
-                (value, y),
+                (value, y + 0.5),
                 xytext=(3 * side, 0),
                 textcoords="offset points",
                 ha="left" if side > 0 else "right",
@@ -47,17 +46,22 @@ def means(rows: list[tuple[str, dict[str, float | None]]], title: str, names: It
                 fontsize=7,
                 color=LINE,
             )
+            y += 1
+        y += gap
     axes.axvline(1, color=LINE, linewidth=1)
     _times(axes)
     axes.margins(x=0.12)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.set_yticks(middles, [label for label, _ in rows])
+    axes.set_ylim(y, -gap)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
+    # Above the bars, of which there may be many; and the title with it, which over the axes alone would be cut.
     figure.legend(
         unique.values(),
         unique,
-        loc="outside lower center",
+        title=title,
+        title_fontsize=10,
+        loc="outside upper center",
         ncols=min(2, max(1, len(unique))),
         frameon=False,
         fontsize=8,

@@ -6,9 +6,10 @@ from collections import defaultdict
 from bench.charts import sweeps_figure
 from bench.exactness import sweep_table
 from bench.experiments import EXPERIMENTS
+from bench.experiments.study import outcome
 from bench.page import charts
 from bench.page.blocks import Cell, Chart, Lines, Section, Table, number, of_rich
-from bench.page.runs import Run, mean
+from bench.page.runs import HEADLINE, Run, mean
 from bench.regimes import CACHES, MALLOCS
 from bench.results import changes
 
@@ -38,7 +39,7 @@ def overview(runs: list[Run]) -> Section:
             rows.append(
                 [
                     run.label,
-                    _named(regime),
+                    ", ".join(regime),
                     run.against,
                     number(values["forward"]),
                     number(values["backward"]),
@@ -49,8 +50,11 @@ def overview(runs: list[Run]) -> Section:
                 ]
             )
     lines = [f"{name}: {text}." for name, text in {**CACHES, **{f"{k} malloc": v for k, v in MALLOCS.items()}}.items()]
-    headers = ["run", "regime", "against", "forward", "backward", "passes", "slower", "least", "torch from itself"]
-    caption = "Geometric means of the speedup; slower: passes below 1, noise included"
+    headers = ["run", "regime", "against", "forward", "backward", "passes", "slower", "slowest", "torch from itself"]
+    caption = (
+        "Geometric means of the speedup; slower: passes below 1, noise included; slowest: the least; torch from "
+        "itself: how far torch's layer, measured as if it were another, was from 1 (root mean square)"
+    )
     if not rows:
         return Section("Speed", text="No run has timings of layers.")
     return Section("Speed", [Table(headers, rows, caption), Lines(lines)])
@@ -80,9 +84,12 @@ def side_by_side(runs: list[Run]) -> Section:
     section.blocks.append(
         Lines([f"{run.label}: {run.machine}; {_named(run.headline)}; against {run.against}" for run in timed])
     )
+    labels = {run.label: f"{run.label} ({', '.join(run.headline)})" for run in timed}
     for name in ("forward", "backward"):
-        bars = [(layer, {run.label: found[run.label].get(layer, {}).get(name) for run in timed}) for layer in layers]
-        figure = charts.means(bars, f"Speedup, {name}", [run.label for run in timed])
+        bars = [
+            (layer, {labels[run.label]: found[run.label].get(layer, {}).get(name) for run in timed}) for layer in layers
+        ]
+        figure = charts.means(bars, f"Speedup, {name}", labels.values())
         alt = f"Geometric means of the speedup {name} by layer, a bar for each run; the table below has the numbers"
         section.blocks.append(Chart(f"processors-{name}", alt, figure=figure))
     section.blocks.append(Table(headers, rows))
@@ -94,7 +101,7 @@ def per_case(run: Run) -> Section:
     alt = f"Speedup of every case of {run.label} by layer, a panel for each regime; the table below has the numbers"
     section.blocks.append(Chart(f"cases-{_slug(run)}", alt, figure=charts.cases(run, f"Speedup over {run.against}")))
     if run.doubtful:
-        section.text = f"{run.doubtful} timings are in doubt, and left out."
+        section.text = f"Left out, as they are in doubt: {run.doubtful} timings."
     rows = [
         [
             one.layer,
@@ -121,6 +128,8 @@ def per_case(run: Run) -> Section:
 def floors(runs: list[Run]) -> Section:
     section = Section("Distance to the floor")
     rows, bars = [], defaultdict(dict)
+    # In the chart, the regime of a model; where no run has it, that which each is quoted in.
+    drawn = [run for run in runs if run.headline == HEADLINE] or runs
     for run in runs:
         for regime in run.regimes():
             here = [one for one in run.passes if one.regime == regime and one.floors]
@@ -132,7 +141,7 @@ def floors(runs: list[Run]) -> Section:
                     number(side[layer][name]) for name in ("forward", "backward") for side in (theirs, {layer: values})
                 )
                 rows.append([run.label, _named(regime), layer, *cells])
-                if regime == run.headline:
+                if regime == run.headline and run in drawn:
                     bars[f"{layer}, {run.label}"] = {"torch": theirs[layer]["forward"], "normops": values["forward"]}
     if not rows:
         section.text = "No run has measured what a copy takes."
@@ -143,7 +152,8 @@ def floors(runs: list[Run]) -> Section:
         "1, in new memory, the output lies in large pages and the copy's in small ones."
     )
     headers = ["run", "regime", "layer", "torch forward", "normops forward", "torch backward", "normops backward"]
-    figure = charts.means(list(bars.items()), "Forward, time over a copy's, in the quoted regime", ["torch", "normops"])
+    regimes = " or ".join(sorted({_named(run.headline) for run in drawn if run.headline}))
+    figure = charts.means(list(bars.items()), f"Forward, time over a copy's; {regimes}", ["torch", "normops"])
     alt = "Time of the forward as a multiple of a copy's, torch beside normops; the table below has the numbers"
     section.blocks = [Chart("floors", alt, figure=figure), Table(headers, rows, folded=f"All {len(rows)} means")]
     return section
@@ -208,7 +218,7 @@ def models(runs: list[Run]) -> Section:
                 Lines([f"{run.label}: {model} was not measured: {why}" for model, why in run.failed.items()])
             )
     if not section.blocks:
-        section.text = "No run of `python -m bench models` is among these."
+        section.text = "No run of python -m bench models is among these."
     return section
 
 
@@ -255,10 +265,15 @@ def memory(runs: list[Run]) -> Section:
     return section
 
 
+def _worst(error: float | None, case: str) -> list:
+    return [number(error, ".1e"), case]
+
+
 def accuracy(runs: list[Run]) -> Section:
     section = Section("Accuracy")
     rows, worst = [], []
     for run in runs:
+        found: dict[str, tuple[float, str]] = {}
         for one in run.accuracy:
             case = one["case"]
             for tensor in one["normops"]:
@@ -266,16 +281,20 @@ def accuracy(runs: list[Run]) -> Section:
                 labels = [run.label, case["layer"], case["dtype"], case.get("layout", "contiguous")]
                 shown = [number(case.get("mean", 0.0), "g"), tensor, number(theirs, ".1e"), number(ours, ".1e")]
                 rows.append([*labels, *shown])
-        errors = {side: [max(one[side].values()) for one in run.accuracy if one[side]] for side in ("torch", "normops")}
+            where = [case["layer"], case["dtype"], case.get("layout", "contiguous"), f"mean {case.get('mean', 0.0):g}"]
+            for side in ("torch", "normops"):
+                if errors := one[side]:
+                    found[side] = max(found.get(side, (0.0, "")), (max(errors.values()), ", ".join(where)))
         if run.accuracy:
-            worst.append([run.label, *(number(max(values, default=None), ".1e") for values in errors.values())])
+            cells = [cell for side in ("torch", "normops") for cell in _worst(*found.get(side, (None, "")))]
+            worst.append([run.label, *cells])
     if not rows:
         section.text = "No run has measured errors."
         return section
     section.text = "The largest error against float64, relative to the largest value; mean: of data with deviation 1."
     headers = ["run", "layer", "dtype", "layout", "mean", "tensor", "torch", "normops"]
     section.blocks = [
-        Table(["run", "torch's worst", "normops' worst"], worst),
+        Table(["run", "torch's worst", "of", "normops' worst", "of"], worst),
         Table(headers, rows, folded=f"All {len(rows)} errors"),
     ]
     return section
@@ -322,14 +341,10 @@ def experiments(runs: list[Run]) -> list[Section]:
     """Those of the last run that has any: figures and findings as they were recorded."""
     with_any = [run for run in runs if run.experiments]
     if not with_any:
-        return [Section("Experiments", text="No run of `python -m bench experiments` is among these.")]
+        return [Section("Experiments", text="No run of python -m bench experiments is among these.")]
     run = with_any[-1]
-    rows = [
-        [f"{key}. {one['title']}", found["claim"], f"{found['verdict']} ({found['agreed']} of {found['of']})"]
-        for key, one in run.experiments.items()
-        for found in one["findings"]
-    ]
-    first = Section("Experiments", [Table(["experiment", "claim", "outcome"], rows, f"{run.label}, {run.machine}")])
+    rows = [[key, found["claim"], outcome(found)] for key, one in run.experiments.items() for found in one["findings"]]
+    first = Section("Experiments", [Table(["", "claim", "outcome"], rows, f"{run.label}, {run.machine}")])
     sections = [first]
     for key, one in run.experiments.items():
         section = Section(f"{key}. {one['title']}", text=one["setup"], level=3)
@@ -351,7 +366,7 @@ def comparison(old: Run, new: Run) -> Section:
     try:
         found = changes(old.raw, new.raw)
     except (KeyError, TypeError) as error:
-        section.text = f"{old.name} and {new.name} cannot be compared: one of them lacks {error}."
+        section.text = f"{old.name} and {new.name} cannot be compared: one of them, of an earlier form, lacks {error}."
         return section
     section.text = f"From {old.name} to {new.name}: {found.verdict}."
     if found.differs:
@@ -390,7 +405,7 @@ def page(runs: list[Run], compared: tuple[Run, Run] | None = None) -> list[Secti
 def summary(runs: list[Run]) -> list[str]:
     """The first lines of the page."""
     lines = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.headline not in (HEADLINE, None)):  # what holds in a model first
         if run.headline:
             here = [one for one in run.passes if one.regime == run.headline]
             forward, backward = (

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The driver of the kernels in build/kernels, for libFuzzer or with threads: build.sh fuzz|threads
+# The driver of the kernels in build/kernels, for libFuzzer, with random calls, or with threads:
+# build.sh fuzz|random|threads
 #
 #   make fuzz-kernels              libFuzzer (clang), AddressSanitizer, UndefinedBehaviorSanitizer; FUZZ_SECONDS=600
+#   make sanitize-kernels          the two sanitizers alone (g++)
 #   make race-kernels              ThreadSanitizer (g++)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -19,9 +21,13 @@ case $kind in
         compiler=${CLANG:-clang++}
         flags+=(-fsanitize=fuzzer,address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
         ;;
+    random)
+        compiler=${CXX:-g++}
+        flags+=(-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -DNORMOPS_RANDOM)
+        ;;
     threads)
         compiler=${CXX:-g++}
-        flags+=(-fsanitize=thread -DNORMOPS_THREADS)
+        flags+=(-fsanitize=thread -DNORMOPS_RANDOM -DNORMOPS_THREADS)
         ;;
 esac
 objects=()

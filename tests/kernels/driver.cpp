@@ -1,6 +1,7 @@
 // Calls the kernels of csrc/cpu with shapes, strides and values out of an array of bytes, on blocks of memory that end
 // where the operands do. Under libFuzzer the bytes are its own, and AddressSanitizer watches the ends; with
-// NORMOPS_THREADS they are random, and threads share each call as those of the engines do, watched by ThreadSanitizer.
+// NORMOPS_RANDOM they are random; with NORMOPS_THREADS, threads share each call as those of the engines do, watched by
+// ThreadSanitizer.
 
 #include <algorithm>
 #include <cmath>
@@ -246,7 +247,7 @@ void call(const uint8_t* data, size_t size) {
 }  // namespace
 }  // namespace normops::cpu
 
-#ifdef NORMOPS_THREADS
+#ifdef NORMOPS_RANDOM
 
 int main(int, char** arguments) {
   std::mt19937 random(7);

@@ -4,8 +4,9 @@ All see the same images, with fresh noise, and begin with the same weights. Any 
 however right both are, as training amplifies the differences of their roundings. How far is found out by controls:
 torch's layers again, whose weights are moved by one rounding, up or down at random, after every step. That is more than
 what roundings within a layer can do to them: these reach the weights through a gradient and a learning rate. The layers
-of normops may drift three times as far from torch's as any two of torch's have drifted from each other up to then. That
-this tells right from wrong is shown by a training whose eps is a tenth too large, which has to leave that band.
+of normops may drift three times as far from torch's as any two of torch's have drifted from each other up to then, and
+as far as a loss is rounded. That this tells right from wrong is shown by a training whose eps is a tenth too large,
+which has to leave that band.
 
 Prints a table of windows of steps; the status is 1 if losses did not stay together, or those of the wrong one did.
 """
@@ -65,7 +66,8 @@ class Drift:
     def add(self, window, losses):
         """``losses`` are means over the window, by the name of the trainee."""
         alike = [loss for name, loss in losses.items() if name == "torch" or name.startswith("control")]
-        self.band = max(self.band, BAND * max(abs(a - b) for a, b in itertools.combinations(alike, 2)))
+        drifts = [abs(a - b) for a, b in itertools.combinations(alike, 2)]
+        self.band = max(self.band, BAND * max(*drifts, torch.finfo(torch.float32).eps * losses["torch"]))
         apart = {name: abs(losses[name] - losses["torch"]) for name in ("converted", "fused", "wrong")}
         self.left |= {name for name, value in apart.items() if value > self.band}
         columns = [window, f"{losses['torch']:.5f}", *(f"{value:.1e}" for value in (*apart.values(), self.band))]

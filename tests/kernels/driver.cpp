@@ -182,7 +182,7 @@ void channels(const Kernels<T>& kernel, Bytes& bytes) {
   const Block<T> x = std::move(Block<T>(elements, offset).fill(value));
   const Block<T> dy = std::move(Block<T>(elements, offset).fill(value));
   const Block<T> y(elements, offset), dx(elements, offset), dz(elements, offset);
-  const Block<A> z(lines * length);
+  const Block<A> z(lines * length), derivative(lines * length);
   const Layout layout = last ? Layout::kChannelsLast : Layout::kContiguous;
   const Block<double> mean(channels), m2(channels), sum_dy(channels), sum_dy_x(channels);
   const Block<A> center(channels), scale(channels), shift(channels), slope(channels);
@@ -211,6 +211,8 @@ void channels(const Kernels<T>& kernel, Bytes& bytes) {
   expect(finite(sum_dy_x.get(), channels), "a sum is not finite");
   const bool plus = bytes.flag();
   const activations::LinearPieces pieces{0, 0, bytes.flag() ? 6 : activations::kInfinity};
+  const Activation activation{int(1 + bytes.below(std::tuple_size_v<Activations>))};
+  const Kernels<A>& arithmetic = table().of<A>();
   share(lines, ranges, [&](int64_t begin, int64_t end) {
     const Tile tile = tile_of(begin, end);
     const ForwardCoefficients<A> forward{own(center, begin), own(scale, begin), own(shift, begin)};
@@ -230,10 +232,15 @@ void channels(const Kernels<T>& kernel, Bytes& bytes) {
       kernel.widen_lines(in(x, begin), wide, end - begin, length);
       kernel.narrow_lines({wide.data, wide.stride}, at(dz.get(), begin), end - begin, length);
     }
+    const Lines<A> slopes{derivative.get() + begin * length, length};
+    const Lines<const A> before{wide.data, wide.stride};
+    arithmetic.differentiate(activation, before, before, slopes, end - begin, length);
+    arithmetic.activate(activation, wide, end - begin, length);
   });
   for (int64_t line = 0; line < lines; ++line) {
     expect(finite(y.get() + line * stride, length), "an output is not finite");
-    expect(finite(z.get() + line * length, length), "what comes before the activation is not finite");
+    expect(finite(z.get() + line * length, length), "an activation is not finite");
+    expect(finite(derivative.get() + line * length, length), "a derivative is not finite");
   }
 }
 

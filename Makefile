@@ -84,7 +84,7 @@ fuzz-kernels: FUZZ_SECONDS ?= 600
 fuzz-kernels: $(ENVIRONMENT)
 	PYTHON=$(RUN) bash tests/kernels/build.sh fuzz
 	mkdir -p build/kernels/corpus
-	build/kernels/fuzz/driver -max_total_time=$(FUZZ_SECONDS) -max_len=2000 build/kernels/corpus
+	build/kernels/fuzz/driver -max_total_time=$(FUZZ_SECONDS) -max_len=64 -len_control=0 build/kernels/corpus
 
 RANDOM_CALLS ?= 2000
 sanitize-kernels: $(ENVIRONMENT)

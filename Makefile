@@ -10,8 +10,10 @@
 # make test-torches    builds and tests with every torch from 2.11 on; takes an hour and 20 GB
 # make mutants  plants small faults, one at a time, which the tests have to catch
 # make sanitize    the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer
-# make fuzz-kernels, race-kernels    its kernels under libFuzzer (clang) and under ThreadSanitizer
+# make fuzz-kernels, sanitize-kernels, race-kernels    its kernels under libFuzzer (clang), and called at random under
+#               the sanitizers of addresses and of threads
 # make big      tensors of more than 2^31 elements; takes up to 16 GiB
+# make side-by-side    one training with torch's layers and with those of normops, for TRAINING_SECONDS (ten minutes)
 # make fuzz     the property tests with ever new examples, for FUZZ_SECONDS (an hour)
 # make nightly  what is too much for every commit
 #
@@ -40,7 +42,7 @@ endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-models docs test test-models test-torches build dev sanitize fuzz-kernels race-kernels cuda cuda-clang gpu lint format package dist mutants fuzz big nightly clean
+.PHONY: bench bench-models docs test test-models test-torches build dev sanitize fuzz-kernels sanitize-kernels race-kernels side-by-side cuda cuda-clang gpu lint format package dist mutants fuzz big nightly clean
 
 bench: build
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -82,7 +84,12 @@ fuzz-kernels: FUZZ_SECONDS ?= 600
 fuzz-kernels: $(ENVIRONMENT)
 	PYTHON=$(RUN) bash tests/kernels/build.sh fuzz
 	mkdir -p build/kernels/corpus
-	build/kernels/fuzz/driver -max_total_time=$(FUZZ_SECONDS) -max_len=2000 build/kernels/corpus
+	build/kernels/fuzz/driver -max_total_time=$(FUZZ_SECONDS) -max_len=64 -len_control=0 build/kernels/corpus
+
+RANDOM_CALLS ?= 2000
+sanitize-kernels: $(ENVIRONMENT)
+	PYTHON=$(RUN) bash tests/kernels/build.sh random
+	build/kernels/random/driver $(RANDOM_CALLS)
 
 # At fixed addresses, without which older ThreadSanitizers do not start.
 RACE_CALLS ?= 2000
@@ -159,6 +166,10 @@ mutants: build
 big: build
 	$(RUN) tests/big.py
 
+TRAINING_SECONDS ?= 600
+side-by-side: build
+	$(RUN) tests/side_by_side.py $(TRAINING_SECONDS)
+
 # TEST_ARGS="-k emulated" for the CUDA kernels alone.
 fuzz: export FUZZ_SECONDS ?= 3600
 fuzz: build
@@ -172,6 +183,9 @@ nightly: build package dist
 	$(RUN) -m pytest -m nightly
 	$(RUN) -m bench accuracy --output build/accuracy
 	$(MAKE) mutants
+	$(MAKE) sanitize sanitize-kernels race-kernels fuzz-kernels
+	$(MAKE) big side-by-side
+	$(MAKE) fuzz
 	$(MAKE) test-models
 
 clean:

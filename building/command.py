@@ -1,5 +1,7 @@
 """The build_ext command: one ninja for everything, as torch's own has one set of flags, and objects that are kept."""
 
+import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -38,13 +40,15 @@ class Build(BuildExtension):
         path.parent.mkdir(parents=True, exist_ok=True)
         runtime = [str(self.cuda.runtime)] if self.cuda else []
         # Addresses of other libraries are looked up at once, and cannot be written over then; stacks hold no code.
+        # Names of functions are for debuggers and sanitizers, if CXXFLAGS asks for them.
+        strip = [] if re.search(r"(^|\s)-g[^0]", os.environ.get("CXXFLAGS", "") + " ") else ["-s"]
         hardened = ["-Wl,-z,relro,-z,now,-z,noexecstack"] if sys.platform == "linux" else []
         self.compiler.link_shared_object(
             [*objects, *runtime],
             str(path),
             libraries=self.get_libraries(ext),
             library_dirs=[*self.library_dirs, *ext.library_dirs],
-            extra_postargs=[*self.cxx.openmp, "-s", *hardened, *(["-ldl", "-lrt", "-lpthread"] if self.cuda else [])],
+            extra_postargs=[*self.cxx.openmp, *strip, *hardened, *(["-ldl", "-lrt", "-lpthread"] if self.cuda else [])],
             target_lang="c++",
         )
 

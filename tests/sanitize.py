@@ -17,8 +17,9 @@ TREE = ROOT / "build" / "sanitize"
 COPIED = ["building", "csrc", "normops", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
 NOT_COPIED = shutil.ignore_patterns("*.so", "__pycache__")
 # Of -fsanitize=undefined all but vptr, which would ask for type information that torch's libraries do not give away.
-FLAGS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer"
-# With -O3, and all the checks inlined into them, each file of kernels would take minutes to compile.
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -DNORMOPS_SANITIZED "
+FLAGS += "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
+# With -O3, each file of kernels would take minutes to compile.
 SETUP = "import runpy; from building import library; library.KERNEL_FLAGS[0] = '-O1'; runpy.run_path('setup.py')"
 TESTS = ["forward", "backward", "layouts", "dtypes", "edge_cases", "fusion", "masks", "channel_norms", "layer_norm_2d"]
 TESTS += ["sums", "extremes", "running_stats", "memory_efficient", "varying_parameters", "errors", "accelerate"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, OVER_CHANNELS
 from layouts import each_memory_format
 
 import normops.functional as F
@@ -88,18 +88,23 @@ def test_half_precision_makes_no_float_copy():
 
 def grown(calls):
     """By how much the process has, after this many forwards and backwards of each kind."""
-    samples = [case.sample((2, 6, 3, 2)) for case in CASES]
-    grad = torch.ones(2, 6, 3, 2)
+    shape = (2, 6, 3, 2)
+    grad, residual, mask = torch.ones(shape), torch.ones(shape), torch.ones(2, 3, 2, dtype=torch.bool)
+    mask[0, 2] = False
+    kinds = [(case.sample(shape), {}) for case in CASES + OVER_CHANNELS]
+    kinds += [(sample, {"activation": "gelu", "residual": residual}) for sample, _ in kinds]
+    kinds += [(case.sample(shape), {"mask": mask}) for case in CASES if case.over_batch or case.groups]
+    kinds += [(case.sample(shape), {"memory_efficient": True}) for case in CASES if case.name in FEW]
 
     def run(count):
         for _ in range(count):
-            for sample in samples:
-                sample.results(grad=grad)
+            for sample, more in kinds:
+                sample.results(grad=grad, **more)
 
     run(100)  # caches of all sorts
     gc.collect()
     before = status("VmRSS")
-    run(calls // len(samples))
+    run(calls // len(kinds))
     gc.collect()
     return status("VmRSS") - before
 

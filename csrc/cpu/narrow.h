@@ -23,8 +23,9 @@
 #endif
 
 // A kernel: everything it calls is inlined into it, but for other kernels. Left to itself, the compiler passes the
-// registers of a loop through memory from lambda to lambda.
-#if NORMOPS_PLAIN
+// registers of a loop through memory from lambda to lambda. With the checks of a sanitizer in everything that is
+// inlined, it would take minutes for a file.
+#if NORMOPS_PLAIN || defined(NORMOPS_SANITIZED)
 #define NORMOPS_KERNEL void
 #else
 #define NORMOPS_KERNEL __attribute__((flatten, noinline)) void

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The driver of the kernels in build/kernels, for libFuzzer or with threads: build.sh fuzz|threads
+# The driver of the kernels in build/kernels, for libFuzzer, with random calls, or with threads:
+# build.sh fuzz|random|threads
 #
 #   make fuzz-kernels              libFuzzer (clang), AddressSanitizer, UndefinedBehaviorSanitizer; FUZZ_SECONDS=600
+#   make sanitize-kernels          the two sanitizers alone (g++)
 #   make race-kernels              ThreadSanitizer (g++)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,15 +15,19 @@ read -r include library <<< "$($python -c 'from torch.utils.cpp_extension import
 print(include_paths()[0], library_paths()[0])')"
 # AVX2, whose tails are plain loads and stores; sanitizers do not see those with masks.
 flags=(-std=c++20 -O1 -g1 -fno-math-errno -Wno-psabi -mavx2 -mfma -mf16c)
-flags+=(-DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DAT_PER_OPERATOR_HEADERS "-isystem$include")
+flags+=(-DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DAT_PER_OPERATOR_HEADERS -DNORMOPS_SANITIZED "-isystem$include")
 case $kind in
     fuzz)
         compiler=${CLANG:-clang++}
         flags+=(-fsanitize=fuzzer,address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
         ;;
+    random)
+        compiler=${CXX:-g++}
+        flags+=(-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -DNORMOPS_RANDOM)
+        ;;
     threads)
         compiler=${CXX:-g++}
-        flags+=(-fsanitize=thread -DNORMOPS_THREADS)
+        flags+=(-fsanitize=thread -DNORMOPS_RANDOM -DNORMOPS_THREADS)
         ;;
 esac
 objects=()

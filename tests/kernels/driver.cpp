@@ -1,6 +1,7 @@
 // Calls the kernels of csrc/cpu with shapes, strides and values out of an array of bytes, on blocks of memory that end
 // where the operands do. Under libFuzzer the bytes are its own, and AddressSanitizer watches the ends; with
-// NORMOPS_THREADS they are random, and threads share each call as those of the engines do, watched by ThreadSanitizer.
+// NORMOPS_RANDOM they are random; with NORMOPS_THREADS, threads share each call as those of the engines do, watched by
+// ThreadSanitizer.
 
 #include <algorithm>
 #include <cmath>
@@ -46,10 +47,12 @@ void expect(bool condition, const char* what) {
   std::abort();
 }
 
-// Numbers out of the bytes; zeros when they are used up.
+// Decisions out of the bytes, zeros when they are used up; and values, of which a call needs too many, made at random
+// out of a seed among them.
 class Bytes {
  public:
-  Bytes(const uint8_t* data, size_t size) : next_(data), end_(data + size) {}
+  Bytes(const uint8_t* data, size_t size)
+      : next_(data), end_(data + size), constant_(!flag()), state_(below(1 << 24) << 8) {}
 
   int64_t below(int64_t limit) {
     uint32_t value = 0;
@@ -59,11 +62,16 @@ class Bytes {
   // Mostly small, now and then large.
   int64_t length(int64_t most) { return byte() % 4 ? 1 + below(std::min<int64_t>(most, 70)) : 1 + below(most); }
   bool flag() { return byte() % 2; }
-  double value() { return (int(byte()) - 128) / 16.0; }
+  double value() {
+    if (!constant_) state_ = state_ * 1664525 + 1013904223;
+    return (int(state_ >> 24) - 128) / 16.0;
+  }
 
  private:
   uint8_t byte() { return next_ < end_ ? *next_++ : 0; }
   const uint8_t *next_, *end_;
+  bool constant_;
+  uint32_t state_;
 };
 
 // `count` elements behind `offset` others, with nothing behind them: a block of malloc.
@@ -108,6 +116,9 @@ template <typename T>
 void rows(const Kernels<T>& kernel, Bytes& bytes) {
   using A = Acc<T>;
   const int64_t length = bytes.length(6000), count = bytes.length(20), gap = bytes.below(3), offset = bytes.below(3);
+  const bool scaled = bytes.flag(), shifted = bytes.flag(), centered = bytes.flag();
+  const bool sums = bytes.flag(), input = bytes.flag() || !sums;
+  const int64_t ranges = 1 + bytes.below(4);
   const int64_t stride = length + gap, padded = (length + kernel.pack_size - 1) / kernel.pack_size * kernel.pack_size;
   const auto value = [&] { return bytes.value(); };
   const Block<T> x = std::move(Block<T>((count - 1) * stride + length, offset).fill(value));
@@ -119,7 +130,6 @@ void rows(const Kernels<T>& kernel, Bytes& bytes) {
   kernel.pack_parameter(natural.get(), length, weight.get());
   kernel.widen_parameter(own.get(), length, bias.get());
   const Block<double> mean(count), rstd(count);
-  const bool scaled = bytes.flag(), shifted = bytes.flag(), centered = bytes.flag();
   const RowForward<T> forward{length,
                               {x.get(), stride},
                               {y.get(), length},
@@ -129,7 +139,6 @@ void rows(const Kernels<T>& kernel, Bytes& bytes) {
                               centered,
                               mean.get(),
                               rstd.get()};
-  const int64_t ranges = 1 + bytes.below(4);
   share(count, ranges, [&](int64_t begin, int64_t end) { kernel.row_forward(forward, begin, end); });
   expect(finite(y.get(), count * length) && finite(rstd.get(), count), "a row is not finite");
   double exact = 0;
@@ -138,7 +147,6 @@ void rows(const Kernels<T>& kernel, Bytes& bytes) {
   expect(!centered || std::abs(exact - mean.get()[0]) < 1e-3, "a mean");
 
   // Each range has sums of its own, as each block of rows of the engine.
-  const bool sums = bytes.flag(), input = bytes.flag() || !sums;
   Block<A> blocks(ranges * 2 * padded);
   blocks.fill([] { return 0; });
   const RowBackward<T> backward{length,
@@ -176,18 +184,20 @@ void channels(const Kernels<T>& kernel, Bytes& bytes) {
   const int64_t lines = last ? positions : channels, length = last ? channels * width : positions;
   // Lines of few channels lie side by side: the engine sees to that.
   const int64_t gap = last && channels <= kNarrowChannels ? 0 : bytes.below(3), stride = length + gap;
-  const int64_t elements = (lines - 1) * stride + length, offset = bytes.below(3);
+  const int64_t elements = (lines - 1) * stride + length, offset = bytes.below(3), ranges = 1 + bytes.below(3);
+  const bool plus = bytes.flag();
+  const activations::LinearPieces pieces{0, 0, bytes.flag() ? 6 : activations::kInfinity};
+  const Activation activation{int(1 + bytes.below(std::tuple_size_v<Activations>))};
   const auto value = [&] { return bytes.value(); };
   const Block<T> x = std::move(Block<T>(elements, offset).fill(value));
   const Block<T> dy = std::move(Block<T>(elements, offset).fill(value));
   const Block<T> y(elements, offset), dx(elements, offset), dz(elements, offset);
-  const Block<A> z(lines * length);
+  const Block<A> z(lines * length), derivative(lines * length);
   const Layout layout = last ? Layout::kChannelsLast : Layout::kContiguous;
   const Block<double> mean(channels), m2(channels), sum_dy(channels), sum_dy_x(channels);
   const Block<A> center(channels), scale(channels), shift(channels), slope(channels);
 
   // Threads take channels of planes, and positions of lines.
-  const int64_t ranges = 1 + bytes.below(3);
   const auto tile_of = [&](int64_t begin, int64_t end) {
     return last ? Tile{layout, channels, end - begin, width} : Tile{layout, end - begin, positions, width};
   };
@@ -208,8 +218,7 @@ void channels(const Kernels<T>& kernel, Bytes& bytes) {
   }
   kernel.grad_sums(all, in(dy, 0), in(x, 0), center.get(), sum_dy.get(), sum_dy_x.get());
   expect(finite(sum_dy_x.get(), channels), "a sum is not finite");
-  const bool plus = bytes.flag();
-  const activations::LinearPieces pieces{0, 0, bytes.flag() ? 6 : activations::kInfinity};
+  const Kernels<A>& arithmetic = table().of<A>();
   share(lines, ranges, [&](int64_t begin, int64_t end) {
     const Tile tile = tile_of(begin, end);
     const ForwardCoefficients<A> forward{own(center, begin), own(scale, begin), own(shift, begin)};
@@ -229,10 +238,15 @@ void channels(const Kernels<T>& kernel, Bytes& bytes) {
       kernel.widen_lines(in(x, begin), wide, end - begin, length);
       kernel.narrow_lines({wide.data, wide.stride}, at(dz.get(), begin), end - begin, length);
     }
+    const Lines<A> slopes{derivative.get() + begin * length, length};
+    const Lines<const A> before{wide.data, wide.stride};
+    arithmetic.differentiate(activation, before, before, slopes, end - begin, length);
+    arithmetic.activate(activation, wide, end - begin, length);
   });
   for (int64_t line = 0; line < lines; ++line) {
     expect(finite(y.get() + line * stride, length), "an output is not finite");
-    expect(finite(z.get() + line * length, length), "what comes before the activation is not finite");
+    expect(finite(z.get() + line * length, length), "an activation is not finite");
+    expect(finite(derivative.get() + line * length, length), "a derivative is not finite");
   }
 }
 
@@ -246,13 +260,13 @@ void call(const uint8_t* data, size_t size) {
 }  // namespace
 }  // namespace normops::cpu
 
-#ifdef NORMOPS_THREADS
+#ifdef NORMOPS_RANDOM
 
 int main(int, char** arguments) {
   std::mt19937 random(7);
   const int calls = std::atoi(arguments[1]);
   for (int i = 0; i < calls; ++i) {
-    std::vector<uint8_t> bytes(2000);
+    std::vector<uint8_t> bytes(64);
     for (uint8_t& byte : bytes) byte = uint8_t(random());
     normops::cpu::call(bytes.data(), bytes.size());
   }

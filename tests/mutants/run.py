@@ -4,6 +4,7 @@
     python -m tests.mutants stale_count ...     those named
     python -m tests.mutants 5 3f2a              five, drawn by a seed such as the hash of a commit
 
+The tests that are to catch them run first without any fault: one that fails then would catch everything.
 The copy is ``build/mutants/tree``, or that of ``--folder``; it is brought up to date at the start and kept, with what
 was compiled. Only what a fault touches is compiled again: kernels and operators for this machine's instruction set, the
 emulated CUDA kernels by the tests that run them. The library has to be built (``make dev``) in this tree, whose copy
@@ -57,6 +58,7 @@ class Outcome:
     caught: str  # the test, or nothing
     build_seconds: float
     test_seconds: float
+    error: str = ""  # why the fault was not tried
 
     @property
     def seconds(self) -> float:
@@ -135,32 +137,67 @@ class Tree:
             raise RuntimeError(f"{fault.name} does not compile:\n{output[-3000:]}")
 
     def try_out(self, fault: Fault, named: bool = False) -> Outcome:
-        start = time.monotonic()
+        """What became of the fault, whose own tests pass without it; so those of the area are asked to, afterwards."""
+        start = built = time.monotonic()
+        caught = error = ""
         fault.plant(self.folder)
         try:
             self.build(fault)
             built = time.monotonic()
-            area = next(tests for path, tests in AREAS.items() if fault.path.startswith(path))
-            caught = self.catch(fault.tests) or (not named and self.catch(area)) or ""
+            caught = self.catch(fault.tests)
+            if not caught and not named:
+                caught = self.catch(next(tests for path, tests in AREAS.items() if fault.path.startswith(path)))
+                self.restore(Path(fault.path))
+                if "::" in caught and self.run_without_faults([caught]):
+                    error = f"{caught} fails without it as well"
+        except RuntimeError as reason:
+            error = str(reason)
         finally:
             self.restore(Path(fault.path))
-        return Outcome(fault.name, fault.kind, fault.path, caught, built - start, time.monotonic() - built)
+        caught = "" if error else caught
+        return Outcome(fault.name, fault.kind, fault.path, caught, built - start, time.monotonic() - built, error)
+
+    def run_without_faults(self, arguments: list[str]) -> str:
+        """The first test that fails in the tree as it is, with the library of this one, or nothing."""
+        for library in self.pristine:
+            self.restore(library)
+        return self.failure(arguments, None)
 
     def catch(self, tests: str) -> str:
         """The test that fails, or nothing."""
-        words = re.findall(r"'[^']*'|\S+", tests)
-        arguments = [f"tests/{word}" if word.startswith(("test_", "emulator/")) else word.strip("'") for word in words]
-        finished = self.run([*PYTEST, *arguments], SECONDS)
+        files, expression = parse(tests)
+        return self.failure([*files, *(("-k", expression) if expression else ())], SECONDS)
+
+    def failure(self, arguments: list[str], seconds: float | None) -> str:
+        """
+        Raises:
+            RuntimeError: there are no such tests.
+        """
+        words = [f"tests/{word}" if word.startswith("test_") else word for word in arguments]
+        finished = self.run([*PYTEST, *words], seconds)
         if finished is None:
-            return f"no end of {words[0]}"
+            return f"no end of {arguments[0]}"
         status, output = finished
         if found := re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", output, re.MULTILINE):
             return found[1]
         if status < 0 or status > 5:
-            return f"{words[0]}, which crashed"
+            return f"{arguments[0]}, which crashed"
         if status > 1:
-            raise RuntimeError(f"no tests were run by {tests}:\n{output[-2000:]}")
+            raise RuntimeError(f"no tests were run by {' '.join(arguments)}:\n{output[-2000:]}")
         return ""
+
+
+def parse(tests: str) -> tuple[list[str], str]:
+    """The files and the expression of ``-k`` in what a fault says of its tests."""
+    files, _, expression = tests.partition(" -k ")
+    return files.split(), expression.strip("'")
+
+
+def union(faults: list[Fault]) -> list[str]:
+    """Arguments of one pytest for the tests of all these faults: the name of a file is a keyword of what is in it."""
+    selected = [parse(fault.tests) for fault in faults]
+    alternatives = {f"({file} and ({words}))" if words else file for files, words in selected for file in files}
+    return [*sorted({file for files, _ in selected for file in files}), "-k", " or ".join(sorted(alternatives))]
 
 
 def select(faults: list[Fault], words: list[str]) -> list[Fault]:
@@ -182,18 +219,20 @@ def table(outcomes: list[Outcome]) -> str:
     """Of every fault, in Markdown."""
     lines = ["| fault | kind | in | caught by | build, s | tests, s |", "|---|---|---|---|---|---|"]
     for found in outcomes:
-        caught = f"`{found.caught}`" if found.caught else "**nothing**"
+        caught = f"`{found.caught}`" if found.caught else "**not tried**" if found.error else "**nothing**"
         figures = f"{found.build_seconds:.0f} | {found.test_seconds:.0f}"
         lines.append(f"| {found.name} | {found.kind} | {found.path} | {caught} | {figures} |")
     return "\n".join(lines)
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    survivors = [found.name for found in outcomes if not found.caught]
+    survivors = [found.name for found in outcomes if not found.caught and not found.error]
+    errors = [found.name for found in outcomes if found.error]
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(found.kind for found in outcomes).items()))
-    text = f"{len(outcomes)} faults ({kinds}): {len(outcomes) - len(survivors)} caught, "
+    text = f"{len(outcomes)} faults ({kinds}): {sum(bool(found.caught) for found in outcomes)} caught, "
     text += f"median {statistics.median(found.seconds for found in outcomes):.0f} s"
-    return text + (f"\nSurvivors: {' '.join(survivors)}" if survivors else "")
+    text += f"\nSurvivors: {' '.join(survivors)}" if survivors else ""
+    return text + (f"\nNot tried: {' '.join(errors)}" if errors else "")
 
 
 def main() -> int:
@@ -201,9 +240,11 @@ def main() -> int:
     parser.add_argument("mutants", nargs="*", help="names, or a number and a seed; default: all")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutants", help="where the copy is kept")
     parser.add_argument("--named", action="store_true", help="run the tests that faults name, and no others")
+    parser.add_argument("--python", action="store_true", help="of Python code alone, for which nothing is compiled")
     parser.add_argument("--list", action="store_true", help="list the faults and plant none")
     arguments = parser.parse_args()
-    chosen = select(all_faults(), arguments.mutants)
+    known = [fault for fault in all_faults() if not (arguments.python and fault.path.startswith("csrc/"))]
+    chosen = select(known, arguments.mutants)
     if arguments.list:
         print("\n".join(f"{fault.name:32}{fault.kind:24}{fault.path}" for fault in chosen))
         return 0
@@ -211,15 +252,16 @@ def main() -> int:
     tree = Tree(arguments.folder.resolve() / "tree")
     record = arguments.folder / "outcomes.json"  # of all runs so far, for those that were interrupted
     earlier = json.loads(record.read_text()) if record.exists() else {}
+    start = time.monotonic()
+    if failed := tree.run_without_faults(union(chosen)):
+        raise SystemExit(f"mutants: without any fault there is a failure already: {failed}")
+    print(f"without faults all tests pass ({time.monotonic() - start:.0f} s)", flush=True)
     outcomes = []
     for fault in chosen:
-        try:
-            found = tree.try_out(fault, arguments.named)
-        except RuntimeError as error:  # a fault that is none
-            print(error)
-            found = Outcome(fault.name, fault.kind, fault.path, "", 0, 0)
+        found = tree.try_out(fault, arguments.named)
         outcomes.append(found)
-        print(f"{found.name}: {found.caught or 'SURVIVES'} ({found.seconds:.0f} s)", flush=True)
+        result = f"ERROR: {found.error}" if found.error else found.caught or "SURVIVES"
+        print(f"{found.name}: {result} ({found.seconds:.0f} s)", flush=True)
         earlier[found.name] = dataclasses.asdict(found)
         record.write_text(json.dumps(earlier, indent=1) + "\n")
     print(f"\n{table(outcomes)}\n\n{summary(outcomes)}")

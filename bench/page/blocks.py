@@ -3,6 +3,7 @@
 import base64
 import io
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib
@@ -77,8 +78,10 @@ class Chart:
 
     kind = "chart"
 
+    @cached_property
     def svg(self) -> str:
-        """Without a size of its own, and with identifiers that no other drawing on the page has."""
+        """Without a size of its own, and with identifiers that no other drawing on the page has. Drawn once: it is what
+        a page takes longest for."""
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
             file = io.StringIO()
             self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -93,7 +96,7 @@ class Chart:
 
     def html(self) -> Markup:
         if self.figure is not None:
-            return Markup(self.svg())
+            return Markup(self.svg)
         data = base64.b64encode(self.path.read_bytes()).decode()
         return Markup(f'<img src="data:image/png;base64,{data}" alt="{Markup.escape(self.alt)}">')
 
@@ -104,7 +107,7 @@ class Chart:
     def file(self) -> tuple[str, bytes]:
         """For Markdown: its name and content."""
         if self.figure is not None:
-            return f"{self.name}.svg", self.svg().encode()
+            return f"{self.name}.svg", self.svg.encode()
         return f"{self.name}{self.path.suffix}", self.path.read_bytes()
 
 

@@ -367,6 +367,7 @@ class Normalized(torch.utils.data.Dataset):
         return self.layer(self.data[i : i + 1])[0].detach()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_data_loader_forks_after_use(threads):
     """Workers do not wait for threads that the engines had in the parent."""

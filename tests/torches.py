@@ -36,7 +36,7 @@ def try_torch(version):
         if not python.exists():
             timed(log, [sys.executable, "-m", "venv", folder / "venv"])
         timed(log, [python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"])
-        groups = ["--group", f"{ROOT}/pyproject.toml:build", "--group", f"{ROOT}/pyproject.toml:test"]
+        groups = [f"--group={ROOT}/pyproject.toml:{group}" for group in ("build", "test", "bench", "docs")]
         installed, _, last = timed(log, [python, "-m", "pip", "install", "--quiet", f"torch=={version}", *groups])
         if not installed:
             return version, "", "not installed", last

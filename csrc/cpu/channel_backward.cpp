@@ -22,9 +22,7 @@ NORMOPS_KERNEL grad_sums(const Tile& tile, Lines<const T> dy, Lines<const T> x, 
     s[1] = fmadd(g, Pack<T>::load(x, lanes) - center[c], s[1]);
   };
   if (tile.layout == Layout::kContiguous) {
-    const auto add = [&](int64_t c, int64_t j, auto lanes, Pack<T>* s) {
-      add_pack(c, dy[c] + j, x[c] + j, lanes, s);
-    };
+    const auto add = [&](int64_t c, int64_t j, auto lanes, Pack<T>* s) { add_pack(c, dy[c] + j, x[c] + j, lanes, s); };
     sums_of_lines<T, 2>(tile.channels, tile.positions, add, take);
     return;
   }

@@ -91,8 +91,8 @@ NORMOPS_INLINE void sums_of_lines(int64_t count, int64_t length, Term term, Take
 
 // Sums of kTerms quantities for each of some channels, whose elements lie in runs of equal length, one at each of some
 // positions: term(channel, position, j, lanes, sums) adds the pack at j of such a run, and take(channel, totals) gets
-// them in double. A few channels are taken together, so that memory is read in longer runs and their lanes are summed up
-// together; which they are changes no bit.
+// them in double. A few channels are taken together, so that memory is read in longer runs and their lanes are summed
+// up together; which they are changes no bit.
 template <typename T, int kTerms, typename Term, typename Take>
 NORMOPS_INLINE void sums_of_runs(int64_t count, int64_t positions, int64_t length, Term term, Take take) {
   const int64_t at_once = std::max<int64_t>(1, kHalfChunk / length);

@@ -224,7 +224,7 @@ EXPERIMENT = Experiment(
     f"Three convolutions on 8x8 images of digits; at least {IMAGES} images and {STEPS} steps, learning rate in "
     "proportion to the batch, after the experiments of Wu and He (2018); SyncBatchNorm in two processes with half of "
     "each batch.",
-    300,
+    450,
     lambda scale: len(LAYERS) * len(SIZES) * len(scale.seeds),
     run,
     figure,

@@ -12,7 +12,7 @@
 # make sanitize    the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer
 # make fuzz-kernels, sanitize-kernels, race-kernels    its kernels under libFuzzer (clang), and called at random under
 #               the sanitizers of addresses and of threads
-# make big      tensors of more than 2^31 elements; takes up to 16 GiB
+# make big      tensors of more than 2^31 elements; takes up to 13 GiB
 # make side-by-side    one training with torch's layers and with those of normops, for TRAINING_SECONDS (ten minutes)
 # make fuzz     the property tests with ever new examples, for FUZZ_SECONDS (an hour)
 # make nightly  what is too much for every commit
@@ -162,7 +162,7 @@ test-torches:
 mutants: build
 	$(RUN) -m tests.mutants $(MUTANTS)
 
-# Tensors and rows of more than 2^31 elements: up to 16 GiB, a case at a time.
+# Tensors and rows of more than 2^31 elements: up to 13 GiB, a case at a time.
 big: build
 	$(RUN) tests/big.py
 

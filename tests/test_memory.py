@@ -119,4 +119,5 @@ def test_nothing_is_left_behind():
 
 @pytest.mark.nightly
 def test_nothing_is_left_behind_by_a_million():
-    assert grown(1_000_000) < MIB
+    """Of one of the kinds alone, 30,000 calls would lose more."""
+    assert grown(1_000_000) < MIB // 2

@@ -46,7 +46,7 @@ def test_union():
         )
     )
     assert union([first, second, third]) == [
-        *("test_docs.py", "test_forward.py", "test_sums.py", "-k"),
+        *("tests/test_docs.py", "tests/test_forward.py", "tests/test_sums.py", "-k"),
         "(test_forward.py and (dx)) or (test_forward.py and (rms and not emulated)) "
         "or (test_sums.py and (rms and not emulated)) or test_docs.py",
     ]
@@ -80,7 +80,7 @@ def fault(tests):
 
 class TestOutcomes:
     def test_caught(self, tree):
-        found = tree.try_out(fault("one or zero"), named=True)
+        found = tree.try_out(fault("test_one or zero"), named=True)
         assert (found.caught, found.error) == ("test_function.py::test_one", "")
 
     def test_survivor(self, tree):
@@ -90,13 +90,15 @@ class TestOutcomes:
 
     def test_no_test_of_this_name(self, tree):
         found = tree.try_out(fault("two"), named=True)
-        assert found.caught == "" and found.error.startswith("no tests were run by test_function.py -k two")
+        assert found.caught == "" and found.error.startswith("no tests were run by tests/test_function.py -k two")
         assert "0 caught" in summary([found]) and "Not tried: name" in summary([found])
         assert "Survivors" not in summary([found])
 
     def test_failure_without_a_fault(self, tree, monkeypatch):
         assert tree.run_without_faults(union([fault("zero"), fault("one")])) == ""
         assert tree.run_without_faults(union([fault("zero"), fault("broken")])) == "test_function.py::test_broken"
+        whole_file = Fault("name", "kind", "normops/function.py", "2 * x", "3 * x", "test_function.py")
+        assert tree.run_without_faults(union([whole_file])) == "test_function.py::test_broken"
         monkeypatch.setitem(AREAS, "normops/", "test_function.py -k 'broken'")
         found = tree.try_out(fault("zero"))
         assert found.caught == "" and found.error == "test_function.py::test_broken fails without it as well"

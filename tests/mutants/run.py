@@ -148,7 +148,7 @@ class Tree:
             if not caught and not named:
                 caught = self.catch(next(tests for path, tests in AREAS.items() if fault.path.startswith(path)))
                 self.restore(Path(fault.path))
-                if "::" in caught and self.run_without_faults([caught]):
+                if "::" in caught and self.run_without_faults([f"tests/{caught}"]):
                     error = f"{caught} fails without it as well"
         except RuntimeError as reason:
             error = str(reason)
@@ -166,15 +166,16 @@ class Tree:
     def catch(self, tests: str) -> str:
         """The test that fails, or nothing."""
         files, expression = parse(tests)
-        return self.failure([*files, *(("-k", expression) if expression else ())], SECONDS)
+        return self.failure(
+            [*(f"tests/{file}" for file in files), *(("-k", expression) if expression else ())], SECONDS
+        )
 
     def failure(self, arguments: list[str], seconds: float | None) -> str:
         """
         Raises:
             RuntimeError: there are no such tests.
         """
-        words = [f"tests/{word}" if word.startswith("test_") else word for word in arguments]
-        finished = self.run([*PYTEST, *words], seconds)
+        finished = self.run([*PYTEST, *arguments], seconds)
         if finished is None:
             return f"no end of {arguments[0]}"
         status, output = finished
@@ -197,7 +198,11 @@ def union(faults: list[Fault]) -> list[str]:
     """Arguments of one pytest for the tests of all these faults: the name of a file is a keyword of what is in it."""
     selected = [parse(fault.tests) for fault in faults]
     alternatives = {f"({file} and ({words}))" if words else file for files, words in selected for file in files}
-    return [*sorted({file for files, _ in selected for file in files}), "-k", " or ".join(sorted(alternatives))]
+    return [
+        *sorted({f"tests/{file}" for files, _ in selected for file in files}),
+        "-k",
+        " or ".join(sorted(alternatives)),
+    ]
 
 
 def select(faults: list[Fault], words: list[str]) -> list[Fault]:

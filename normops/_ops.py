@@ -1,5 +1,6 @@
 """Loads the compiled library, which registers the operators, and says what they return without computing it."""
 
+import functools
 import importlib.util
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,9 @@ def _load() -> ModuleType:
 
 _C = _load()
 BUILD_INFO: dict[str, Any] = _C.build_info()
+
+# The package can be imported again, as it is where it has been taken out of sys.modules.
+_register_fake = functools.partial(torch.library.register_fake, allow_override=True)
 
 
 def _acc_dtype(input):
@@ -69,7 +73,7 @@ def _row_statistics(input, normalized_ndim):
     return tuple(input.new_empty(shape, dtype=torch.float64) for _ in range(2))
 
 
-@torch.library.register_fake("normops::_row_norm")
+@_register_fake("normops::_row_norm")
 def _(input, normalized_ndim, weight, bias, eps, centered, *extras, **more):
     # LayerNorm is always contiguous, as torch's.
     contiguous = centered or normalized_ndim == 0
@@ -77,12 +81,12 @@ def _(input, normalized_ndim, weight, bias, eps, centered, *extras, **more):
     return output, *_row_statistics(input, normalized_ndim)
 
 
-@torch.library.register_fake("normops::_add_row_norm")
+@_register_fake("normops::_add_row_norm")
 def _(input, residual, normalized_ndim, weight, bias, eps, centered, weight_offset=0.0):
     return *(input.new_empty(input.shape) for _ in range(2)), *_row_statistics(input, normalized_ndim)
 
 
-@torch.library.register_fake("normops::_row_norm_backward")
+@_register_fake("normops::_row_norm_backward")
 def _(
     grad_output,
     input,
@@ -115,19 +119,19 @@ def _(
     return _masked(output_mask, grad_input, parameter, parameter, grad_input)
 
 
-@torch.library.register_fake("normops::_channel_norm")
+@_register_fake("normops::_channel_norm")
 def _(input, mean, var, weight, bias, num_groups, over_batch, eps, *extras, **more):
     statistics = [num_groups] if over_batch else [input.shape[0], num_groups]
     return _dense_like(input), *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
 
 
-@torch.library.register_fake("normops::_channel_norm_tracked")
+@_register_fake("normops::_channel_norm_tracked")
 def _(input, running_mean, running_var, weight, bias, over_batch, momentum, eps, *extras, **more):
     statistics = input.shape[1 if over_batch else 0 : 2]
     return _dense_like(input), *(input.new_empty(statistics, dtype=torch.float64) for _ in range(2))
 
 
-@torch.library.register_fake("normops::_channel_norm_backward")
+@_register_fake("normops::_channel_norm_backward")
 def _(
     grad_output,
     input,
@@ -161,27 +165,27 @@ def _per_channel(input):
     return tuple(input.new_empty([input.shape[1]], dtype=torch.float64) for _ in range(2))
 
 
-@torch.library.register_fake("normops::_channel_moments")
+@_register_fake("normops::_channel_moments")
 def _(input, mask=None):
     return _per_channel(input)
 
 
-@torch.library.register_fake("normops::_merge_moments")
+@_register_fake("normops::_merge_moments")
 def _(count, mean, var):
     return _per_channel(mean)
 
 
-@torch.library.register_fake("normops::_channel_grad_sums")
+@_register_fake("normops::_channel_grad_sums")
 def _(grad_output, input, mean, var, eps, mask=None):
     return _per_channel(input)
 
 
-@torch.library.register_fake("normops::_channel_grad_apply")
+@_register_fake("normops::_channel_grad_apply")
 def _(grad_output, input, mean, var, weight, sum_dy, sum_dy_xhat, count, eps, mask=None):
     return _dense_like(input)
 
 
-@torch.library.register_fake("normops::_update_running_stats")
-@torch.library.register_fake("normops::_update_running_stats.counted")
+@_register_fake("normops::_update_running_stats")
+@_register_fake("normops::_update_running_stats.counted")
 def _(running_mean, running_var, mean, var, momentum, count):
     return None

@@ -163,8 +163,8 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
     added = residual.value_or(at::Tensor());
     y = output.value_or(at::Tensor());
     // Sums over elements that do not lie side by side, or leave the range of float, are taken of what was stored.
-    const bool stored = flags.defined() || has_extremes(input, vars, eps);
-    if (stored && !output_mask[0] && !output_mask[3]) unwanted = new_like(input);
+    const bool nowhere = !output_mask[0] && !output_mask[3];
+    if (nowhere && (flags.defined() || has_extremes(input, vars, eps))) unwanted = new_like(input);
   }
   Operands operands{&x, &dy, &dx, &added, &y, &dresidual, &unwanted};
   const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!flags.defined(), varying).geometry;

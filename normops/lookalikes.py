@@ -4,7 +4,7 @@
   in the four ways there are to round and to apply the weight (Llama, T5, Gemma, and float32 to the end)
 - transformers, ``CohereLayerNorm`` and its copies: :func:`normops.functional.layer_norm`
 - transformers, ``*LayerNorm`` with a ``data_format`` (ConvNeXt, SAM) and ``*LayerNorm2d``; timm, ``LayerNorm2d``;
-  diffusers, ``WuerstchenLayerNorm`` and ``SDCascadeLayerNorm``: as :class:`normops.LayerNorm2d`
+  diffusers, ``WuerstchenLayerNorm`` and ``SDCascadeLayerNorm``: :func:`normops.functional.layer_norm` over the channels
 - diffusers, ``RMSNorm`` without a bias, ``T5LayerNorm``, ``FP32LayerNorm``; timm, ``LayerNorm``
 
 These are name patterns, and a class that matches is converted only if the numbers agree (see
@@ -69,7 +69,8 @@ def layer_norm(module, input):
 def layer_norm_channels_first(module, input):
     if getattr(module, "data_format", "channels_first") == "channels_last":
         return layer_norm(module, input)
-    return F.channel_layer_norm(input, module.weight, module.bias, module.eps)
+    # What comes out lies as channels_last, as the original's does: the convolutions that follow keep to it.
+    return layer_norm(module, input.movedim(1, -1)).movedim(-1, 1)
 
 
 def _image(module):

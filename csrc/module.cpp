@@ -10,6 +10,7 @@
 #include <set>
 
 #include "accelerate.h"
+#include "autograd/python_calls.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -61,5 +62,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<>())
       .def("__enter__", [](Acceleration&) { normops::accelerate(true); })
       .def("__exit__", [](Acceleration&, const py::args&) { normops::accelerate(false); });
+  if (PyModule_AddFunctions(m.ptr(), normops::python_calls) != 0) throw py::error_already_set();
   m.def("threads_used", &threads_used, py::arg("items"), "Threads that share `items` full pieces of work.");
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from normops import _activations, _ops, compilation, nested  # noqa: F401  (_ops registers the operators)
+from normops import _activations, _ops, compilation, nested
 
 # The overloads that take more than torch's functions do, of the operators that have one.
 _FUSED = {
@@ -24,6 +24,10 @@ _FUSED = {
         torch.ops.normops.rms_norm,
     )
 }
+
+# The operators as functions of C++, which take all arguments and extras by position. What is out of the ordinary they
+# leave to `call`: then they return NotImplemented (csrc/autograd/python_calls.cpp).
+direct = _ops._C
 
 # Torch's own functions raise TypeError for an argument of the wrong type, and in one line.
 _WRONG_TYPE = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)'")

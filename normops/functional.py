@@ -74,6 +74,7 @@ from torch import Tensor
 from normops import _activations, _ops  # noqa: F401  (_ops registers the operators)
 from normops._dispatch import call as _call
 from normops._dispatch import check_is_shape as _check_is_shape
+from normops._dispatch import direct as _direct
 from normops._dispatch import extras as _extras
 
 __all__ = [
@@ -89,6 +90,8 @@ __all__ = [
     "rms_norm",
 ]
 
+# Dynamo takes this one for true.
+_is_compiling = torch.compiler.is_compiling
 _add_layer_norm = torch.ops.normops.add_layer_norm.default
 _add_rms_norm = torch.ops.normops.add_rms_norm.default
 _batch_norm = torch.ops.normops.batch_norm.default
@@ -166,18 +169,13 @@ def batch_norm(
         RuntimeError: a parameter or running statistic of the wrong shape or device; none of the latter in evaluation.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    return _call(
-        _batch_norm,
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask),
-    )
+    given = input, running_mean, running_var, weight, bias, training, momentum, eps
+    if not _is_compiling():
+        output = _direct.batch_norm(*given, activation, negative_slope, residual, memory_efficient, mask)
+        if output is not NotImplemented:
+            return output
+    extras = _extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask)
+    return _call(_batch_norm, *given, **extras)
 
 
 def instance_norm(
@@ -219,18 +217,13 @@ def instance_norm(
             ``use_input_stats=False``.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    return _call(
-        _instance_norm,
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        use_input_stats,
-        momentum,
-        eps,
-        **_extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask),
-    )
+    given = input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    if not _is_compiling():
+        output = _direct.instance_norm(*given, activation, negative_slope, residual, memory_efficient, mask)
+        if output is not NotImplemented:
+            return output
+    extras = _extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask)
+    return _call(_instance_norm, *given, **extras)
 
 
 def group_norm(
@@ -263,8 +256,13 @@ def group_norm(
         RuntimeError: ``num_groups`` does not divide the channels; a parameter of the wrong shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
+    given = input, num_groups, weight, bias, eps
+    if not _is_compiling():
+        output = _direct.group_norm(*given, activation, negative_slope, residual, memory_efficient, mask)
+        if output is not NotImplemented:
+            return output
     extras = _extras(activation, negative_slope, residual, memory_efficient=memory_efficient, mask=mask)
-    return _call(_group_norm, input, num_groups, weight, bias, eps, **extras)
+    return _call(_group_norm, *given, **extras)
 
 
 def layer_norm(
@@ -297,17 +295,13 @@ def layer_norm(
             or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
+    given = input, normalized_shape, weight, bias, eps
+    extras = activation, negative_slope, residual, weight_offset, memory_efficient
+    if not _is_compiling() and (output := _direct.layer_norm(*given, *extras)) is not NotImplemented:
+        return output
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("layer_norm", normalized_shape)
-    return _call(
-        _layer_norm,
-        input,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        **_extras(activation, negative_slope, residual, weight_offset, memory_efficient),
-    )
+    return _call(_layer_norm, *given, **_extras(*extras))
 
 
 def rms_norm(
@@ -342,10 +336,13 @@ def rms_norm(
             or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
+    given = input, normalized_shape, weight, eps
+    extras = activation, negative_slope, residual, weight_offset, memory_efficient
+    if not _is_compiling() and (output := _direct.rms_norm(*given, *extras, bias)) is not NotImplemented:
+        return output
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("rms_norm", normalized_shape)
-    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient, bias=bias)
-    return _call(_rms_norm, input, normalized_shape, weight, eps, **extras)
+    return _call(_rms_norm, *given, **_extras(*extras, bias=bias))
 
 
 def channel_layer_norm(
@@ -379,8 +376,11 @@ def channel_layer_norm(
         RuntimeError: a parameter has another shape or device.
         NotImplementedError: ``input`` is not a strided floating tensor.
     """
-    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient)
-    return _call(_channel_layer_norm, input, weight, bias, eps, **extras)
+    given = input, weight, bias, eps
+    extras = activation, negative_slope, residual, weight_offset, memory_efficient
+    if not _is_compiling() and (output := _direct.channel_layer_norm(*given, *extras)) is not NotImplemented:
+        return output
+    return _call(_channel_layer_norm, *given, **_extras(*extras))
 
 
 def channel_rms_norm(
@@ -407,8 +407,11 @@ def channel_rms_norm(
     Raises:
         ValueError, RuntimeError, NotImplementedError: as :func:`channel_layer_norm`.
     """
-    extras = _extras(activation, negative_slope, residual, weight_offset, memory_efficient, bias=bias)
-    return _call(_channel_rms_norm, input, weight, eps, **extras)
+    given = input, weight, eps
+    extras = activation, negative_slope, residual, weight_offset, memory_efficient
+    if not _is_compiling() and (output := _direct.channel_rms_norm(*given, *extras, bias)) is not NotImplemented:
+        return output
+    return _call(_channel_rms_norm, *given, **_extras(*extras, bias=bias))
 
 
 def add_layer_norm(
@@ -435,10 +438,13 @@ def add_layer_norm(
         ValueError, TypeError: ``residual`` has another shape or device; another dtype.
         RuntimeError, NotImplementedError: as in :func:`layer_norm`.
     """
+    given = input, residual, normalized_shape, weight, bias, eps
+    if not _is_compiling() and (outputs := _direct.add_layer_norm(*given, weight_offset)) is not NotImplemented:
+        return outputs
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("add_layer_norm", normalized_shape)
     extras = _extras(None, _activations.DEFAULT_SLOPE, None, weight_offset)
-    return _call(_add_layer_norm, input, residual, normalized_shape, weight, bias, eps, **extras)
+    return _call(_add_layer_norm, *given, **extras)
 
 
 def add_rms_norm(
@@ -464,10 +470,13 @@ def add_rms_norm(
         ValueError, TypeError: ``residual`` has another shape or device; another dtype.
         RuntimeError, NotImplementedError: as in :func:`rms_norm`.
     """
+    given = input, residual, normalized_shape, weight, eps
+    if not _is_compiling() and (outputs := _direct.add_rms_norm(*given, weight_offset)) is not NotImplemented:
+        return outputs
     if not isinstance(normalized_shape, (tuple, list)):
         _check_is_shape("add_rms_norm", normalized_shape)
     extras = _extras(None, _activations.DEFAULT_SLOPE, None, weight_offset)
-    return _call(_add_rms_norm, input, residual, normalized_shape, weight, eps, **extras)
+    return _call(_add_rms_norm, *given, **extras)
 
 
 # In TorchScript a call of one of these functions is a call of the operator, where it is one.

@@ -33,7 +33,7 @@ class Build(BuildExtension):
             self.cxx,
             sets,
             [*ext.include_dirs, *self.include_dirs],
-            ["-DTORCH_EXTENSION_NAME=_C", *(f'-DNORMOPS_{name}="{value}"' for name, value in report.items())],
+            [f'-DNORMOPS_{name}="{value}"' for name, value in report.items()],
             self.cuda,
         )
         path = Path(self.get_ext_fullpath(ext.name))

@@ -16,7 +16,7 @@ RELEASE=${RELEASE:-bookworm}       # of Debian, with the Python below; not older
 VERSION=${VERSION:-3.11}
 ROOT=$PWD/build/aarch64/root       # what a Debian for aarch64 has under /
 SITE=$PWD/build/aarch64/$TORCH     # Python packages for aarch64
-MORE="numpy pytest hypothesis expecttest pybind11 setuptools"
+MORE="numpy pytest hypothesis expecttest setuptools"
 [ $# -gt 0 ] || set -- tests/test_forward.py tests/test_backward.py tests/test_layouts.py tests/test_dtypes.py
 
 if [ ! -x "$ROOT/usr/bin/python$VERSION" ]; then

@@ -9,8 +9,9 @@ from building.compiler import STANDARD
 from building.ninja import Ninja, write
 
 # No -march=native and no -ffast-math: a wheel runs on other machines, and the sums rely on rounding. A header of torch
-# for each operator, as that of all of them takes longer to read than most files to compile.
-FLAGS = ["-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-DNDEBUG"]
+# for each operator, as that of all of them takes longer to read than most files to compile. What is no kernel checks
+# and dispatches: with -O2 calls take as long, and compiling them takes a quarter longer.
+FLAGS = ["-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-DNDEBUG"]
 FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 
 # A square root that may set errno is no vector instruction. g++ 12 takes undefined lanes of AVX-512 for a mistake.
@@ -70,12 +71,14 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
     about = [*defines, *(f"-DNORMOPS_BUILT_{name}" for name in sets)]
     for unit, sources in _units(csrc, cuda is not None).items():
         together = _together(folder / f"{unit}.cpp", sources)
-        objects.append(compile_one(f"{unit}.o", together, *(about if unit == "operators" else [])))
+        objects.append(compile_one(f"{unit}.o", together, *about))
     kernel_flags = KERNEL_FLAGS + ([] if compiler.is_clang else KERNEL_FLAGS_GCC)
     for name, flags in sets.items():
         which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
         plain = PLAIN_FLAGS if compiler.is_x86 and name == "DEFAULT" else []
-        for source in _kernel_sources(csrc, folder / name, name):
+        # The headers take longer to read than few kernels to compile, or plain ones.
+        together = bool(plain) or name == "AVX512_BF16"
+        for source in _kernel_sources(csrc, folder / name, together):
             objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *plain, *flags, *which))
     if cuda:
         objects += cuda.compile(ninja, sorted(csrc.glob("cuda/*.cu")))
@@ -84,19 +87,21 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
 
 
 def _units(csrc, cuda):
-    """Files that call torch are compiled together: its headers take longer to read than the files. Two halves."""
+    """Files that call torch are compiled together: its headers take longer to read than the files. Two halves, one of
+    which reads those of Python, pybind11 and autograd."""
     units = {}
     for source in sorted(csrc.rglob("*.cpp")):
         path = source.relative_to(csrc)
         if str(path) not in KERNELS and (cuda or path.parts[0] != "cuda"):
-            units.setdefault("autograd" if path.parts[0] == "autograd" else "operators", []).append(source)
+            python = path.parts[0] == "autograd" or path.name == "module.cpp"
+            units.setdefault("autograd" if python else "operators", []).append(source)
     return units
 
 
-def _kernel_sources(csrc, folder, name):
-    """The kernels' files; of a set for one type two, as the headers take longer to read than its kernels to compile."""
+def _kernel_sources(csrc, folder, together):
+    """The kernels' files, or one for each engine that is all of its files."""
     sources = [csrc / kernel for kernel in KERNELS]
-    if name != "AVX512_BF16":
+    if not together:
         return sources
     row = [source for source in sources if source.stem.startswith("row")]
     channel = [source for source in sources if source not in row]

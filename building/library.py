@@ -87,14 +87,15 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
 
 
 def _units(csrc, cuda):
-    """Files that call torch are compiled together: its headers take longer to read than the files. Two halves, one of
-    which reads those of Python, pybind11 and autograd."""
-    units = {}
+    """Files that call torch are compiled together: its headers take longer to read than the files, and those of Python,
+    pybind11 and autograd once more."""
+    units = {"operators": [], "autograd": [], "python": []}
     for source in sorted(csrc.rglob("*.cpp")):
         path = source.relative_to(csrc)
-        if str(path) not in KERNELS and (cuda or path.parts[0] != "cuda"):
-            python = path.parts[0] == "autograd" or path.name == "module.cpp"
-            units.setdefault("autograd" if python else "operators", []).append(source)
+        if str(path) in KERNELS or path.parts[0] == "cuda" and not cuda:
+            continue
+        python = path.name in ("module.cpp", "python_calls.cpp")
+        units["python" if python else "autograd" if path.parts[0] == "autograd" else "operators"].append(source)
     return units
 
 

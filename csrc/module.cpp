@@ -10,9 +10,9 @@
 #include <set>
 
 #include "accelerate.h"
-#include "autograd/python_calls.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "python_calls.h"
 
 namespace py = pybind11;
 

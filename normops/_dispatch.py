@@ -26,7 +26,7 @@ _FUSED = {
 }
 
 # The operators as functions of C++, which take all arguments and extras by position. What is out of the ordinary they
-# leave to `call`: then they return NotImplemented (csrc/autograd/python_calls.cpp).
+# leave to `call`: then they return NotImplemented (csrc/python_calls.cpp).
 direct = _ops._C
 
 # Torch's own functions raise TypeError for an argument of the wrong type, and in one line.

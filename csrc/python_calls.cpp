@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../ops.h"
+#include "ops.h"
 
 namespace normops {
 namespace {

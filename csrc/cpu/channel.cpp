@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "../statistics.h"
 #include "channel_epilogue.h"
@@ -58,8 +59,10 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
   const MaskWords<T> words(g, mask);
 
   // A group of contiguous channels is one line to the statistics, unless it is very long.
-  const bool joined =
-      g.layout == Layout::kContiguous && !g.over_batch && !mask && g.group_size() * g.positions <= g.segment_length;
+  const bool joined = g.layout == Layout::kContiguous && !g.over_batch &&
+                      g.group_size() * g.positions <= g.segment_length && (!mask || JoinedMask<T>::pays(g));
+  const std::optional<JoinedMask<T>> joined_mask =
+      joined && mask && !given ? std::optional<JoinedMask<T>>(std::in_place, g, *mask) : std::nullopt;
   const int64_t join = joined ? g.group_size() : 1;
 
   const auto reduce = [&](const Region& r) {
@@ -76,7 +79,7 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
         std::fill_n(m2 + at, tile.channels, 0.0);
         return;
       }
-      const Span<T> span(tile, mask, words, k);
+      const Span<T> span = joined_mask ? joined_mask->span(tile, k) : Span<T>(tile, mask, words, k);
       kernel.moments(span.tile, span.of(lines), mean + at, m2 + at);
     });
   };

@@ -203,4 +203,36 @@ class Span {
   const Tile tile;
 };
 
+// A mask of lines that are groups of neighbouring channels, where a mask has to be repeated for each of them.
+template <typename T>
+class JoinedMask {
+ public:
+  // Where lines are short, and the words of one group serve some others.
+  static bool pays(const Geometry& g) { return g.positions <= 64 && g.group_size() > 1 && g.num_groups >= 3; }
+
+  JoinedMask(const Geometry& g, const Mask& mask)
+      : g_{g.samples, g.num_groups, g.group_size() * g.positions, g.num_groups, false, g.layout, g.segment_length},
+        flags_(new bool[g_.samples * g_.positions]),
+        mask_(g_, repeat(g, mask)),
+        words_(g_, &mask_) {}
+
+  Span<T> span(const Tile& whole, int64_t segment) const { return {whole, &mask_, words_, segment}; }
+
+ private:
+  const bool* repeat(const Geometry& g, const Mask& mask) const {
+    bool* next = flags_.get();
+    for (int64_t sample = 0; sample < g.samples; ++sample) {
+      for (int64_t c = 0; c < g.group_size(); ++c) {
+        next = std::copy_n(mask.segment(sample).flags, g.positions, next);
+      }
+    }
+    return flags_.get();
+  }
+
+  const Geometry g_;
+  const std::unique_ptr<bool[]> flags_;
+  const Mask mask_;
+  const MaskWords<T> words_;
+};
+
 }  // namespace normops::cpu

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "../statistics.h"
 #include "channel_epilogue.h"
@@ -19,7 +20,7 @@ namespace {
 void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_t first, int64_t last, double* mean,
                     double* m2) {
   const auto elements = [&](int64_t segment) {  // of a channel
-    return double((mask ? mask->positions(segment) : g.segment_count(segment)) * g.width);
+    return double(mask ? mask->elements(segment) : g.segment_count(segment) * g.width);
   };
   double count = elements(first);
   for (int64_t k = first + 1; k < last; ++k) {
@@ -37,26 +38,13 @@ void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_
 template <typename F>
 void for_valid_of(const Geometry& g, const Mask* mask, int64_t segment, int64_t c, const F& f) {
   const Tile tile{g.layout, g.group_size(), g.segment_count(segment), g.width};
-  const Run all{0, tile.positions};
-  for_elements(tile, mask ? mask->runs(segment) : c10::ArrayRef<Run>(all), c, f);
+  const bool* const flags = mask ? mask->segment(segment).flags : nullptr;
+  for_elements(tile, c, [&](int64_t line, int64_t j, int64_t element) {
+    if (flags == nullptr || flags[element]) f(line, j);
+  });
 }
 
 }  // namespace
-
-// What of a segment's tile is walked: all of it, or what lies between the first and the last valid position.
-struct Span {
-  const Tile& whole;
-  Run run;
-  Tile tile;
-
-  Span(const Tile& whole, const Mask* mask, int64_t segment)
-      : whole(whole), run(mask ? span_of(mask->runs(segment)) : Run{0, whole.positions}), tile(part_of(whole, run)) {}
-
-  template <typename T>
-  Lines<T> of(const Lines<T>& x) const {
-    return part_of(whole, x, run);
-  }
-};
 
 template <typename T>
 void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parameter<T> weight, Parameter<T> bias,
@@ -68,10 +56,13 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
   const Scratch<double> mean(given ? 0 : g.segments() * C), m2(given ? 0 : g.segments() * C);
   const CoefficientRows sets(g, weight);
   const Scratch<A> center(sets.count * C), scale(sets.count * C), shift(sets.count * C);
+  const MaskWords<T> words(g, mask);
 
   // A group of contiguous channels is one line to the statistics, unless it is very long.
-  const bool joined =
-      g.layout == Layout::kContiguous && !g.over_batch && !mask && g.group_size() * g.positions <= g.segment_length;
+  const bool joined = g.layout == Layout::kContiguous && !g.over_batch &&
+                      g.group_size() * g.positions <= g.segment_length && (!mask || JoinedMask<T>::pays(g));
+  const std::optional<JoinedMask<T>> joined_mask =
+      joined && mask && !given ? std::optional<JoinedMask<T>>(std::in_place, g, *mask) : std::nullopt;
   const int64_t join = joined ? g.group_size() : 1;
 
   const auto reduce = [&](const Region& r) {
@@ -83,25 +74,13 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       Lines<const T> lines = x.lines(g, k, r.first_channel);
       lines.stride *= join;
       const int64_t at = k * C + r.first_channel / join;
-      if (!mask) {
-        kernel.moments(tile, lines, mean + at, m2 + at);
+      if (mask && mask->elements(k) == 0) {
+        std::fill_n(mean + at, tile.channels, 0.0);
+        std::fill_n(m2 + at, tile.channels, 0.0);
         return;
       }
-      std::fill_n(mean + at, tile.channels, 0.0);
-      std::fill_n(m2 + at, tile.channels, 0.0);
-      const auto moments = [&](int64_t c, int64_t before, const Tile& valid, const Lines<const T>& x) {
-        if (before == 0) {
-          kernel.moments(valid, x, mean + at + c, m2 + at + c);
-          return;
-        }
-        const Scratch<double> more_mean(valid.channels), more_m2(valid.channels);
-        kernel.moments(valid, x, more_mean + 0, more_m2 + 0);
-        const MomentsMerge merge(double(before * valid.width), double(valid.positions * valid.width));
-        for (int64_t i = 0; i < valid.channels; ++i) {
-          merge(mean[at + c + i], m2[at + c + i], more_mean[i], more_m2[i]);
-        }
-      };
-      for_valid(tile, mask->segment(k), moments, lines);
+      const Span<T> span = joined_mask ? joined_mask->span(tile, k) : Span<T>(tile, mask, words, k);
+      kernel.moments(span.tile, span.of(lines), mean + at, m2 + at);
     });
   };
   const auto merge = [&](const Region& r) {
@@ -158,19 +137,21 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
     if (y.data == nullptr) return;
     for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& whole) {
       const int64_t at = sets.of(g.sample_of(k)) * C + r.first_channel;
-      const Span span(whole, mask, k);
+      const Span<T> span(whole, mask, words, k);
       const Tile& tile = span.tile;
+      const Lines<T> y_lines = y.lines(g, k, r.first_channel);
       const Lines<const T> from = span.of(x.lines(g, k, r.first_channel));
-      const Lines<T> to = span.of(y.lines(g, k, r.first_channel));
+      const Lines<T> to = span.of(y_lines);
       const ForwardCoefficients<A> coefficients{center + at, scale + at, shift + at};
       if (tile.positions == 0) {
       } else if (epilogue) {
         apply_epilogue(tile, from, to, coefficients, epilogue.activation,
                        span.of(epilogue.residual.lines(g, k, r.first_channel)));
+        span.clear_within(y_lines);
       } else {
         kernel.apply(tile, from, to, coefficients);
       }
-      if (mask) clear_masked(whole, mask->segment(k), y.lines(g, k, r.first_channel));
+      span.clear_around(y_lines);
     });
   };
   run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
@@ -183,6 +164,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   using A = Acc<T>;
   const int64_t C = g.channels, row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
+  const MaskWords<T> words(g, mask);
   const bool sums_needed = dweight || dbias || !(given || totals.dy);
   const Scratch<double> sum_dy(sums_needed ? g.segments() * C : 0), sum_dy_x(sums_needed ? g.segments() * C : 0);
   const CoefficientRows sets(g, weight);
@@ -218,55 +200,41 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
         x.prefetch(g, k + 1, r.first_channel);
       }
       const int64_t at = k * C + r.first_channel;
-      if (mask && sums_needed) {
+      const Lines<const T> x_lines = x.lines(g, k, r.first_channel);
+      const Span<T> span(tile, mask, words, k);
+      const bool nothing = span.tile.positions == 0;
+      if (nothing && sums_needed) {
         std::fill_n(sum_dy + at, tile.channels, 0.0);
         std::fill_n(sum_dy_x + at, tile.channels, 0.0);
       }
-      // Sums of rounded dz, where valid elements are not side by side.
-      const bool apart = mask && mask->runs(k).size() != 1;
-      const auto sums_of_valid = [&](const Lines<const T>& dz, const Lines<const T>& x) {
-        const int64_t row = sets.of(g.sample_of(k)) * C + r.first_channel;
-        const auto sums = [&](int64_t c, int64_t before, const Tile& valid, const Lines<const T>& dz,
-                              const Lines<const T>& x) {
-          if (before == 0) {
-            kernel.grad_sums(valid, dz, x, center + row + c, sum_dy + at + c, sum_dy_x + at + c);
-            return;
-          }
-          const Scratch<double> more_dy(valid.channels), more_dy_x(valid.channels);
-          kernel.grad_sums(valid, dz, x, center + row + c, more_dy + 0, more_dy_x + 0);
-          for (int64_t i = 0; i < valid.channels; ++i) {
-            sum_dy[at + c + i] += more_dy[i];
-            sum_dy_x[at + c + i] += more_dy_x[i];
-          }
-        };
-        for_valid(tile, mask->segment(k), sums, dz, x);
+      const int64_t c = sets.of(g.sample_of(k)) * C + r.first_channel;
+      const auto sums_of = [&](const Lines<const T>& dz) {
+        if (nothing || !sums_needed) return;
+        kernel.grad_sums(span.tile, span.of(dz), span.of(x_lines), center + c, sum_dy + at, sum_dy_x + at);
       };
-      if (epilogue) {
-        const Span span(tile, mask, k);
-        const int64_t c = sets.of(g.sample_of(k)) * C + r.first_channel;
-        const auto of = [&](const auto& operand) { return span.of(operand.lines(g, k, r.first_channel)); };
-        const EpilogueGradient<T> before{span.tile,
-                                         of(dy),
-                                         of(x),
-                                         {center + c, z_scale + c, z_shift + c},
-                                         epilogue.activation,
-                                         of(epilogue.residual),
-                                         of(epilogue.output),
-                                         of(epilogue.dz)};
-        const bool sums = sums_needed && !apart;
-        if (span.tile.positions > 0) before.run(sums ? sum_dy + at : nullptr, sums ? sum_dy_x + at : nullptr);
-        if (mask) clear_masked(tile, mask->segment(k), epilogue.dz.lines(g, k, r.first_channel));
-        if (sums_needed && apart) {
-          sums_of_valid(gradient.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel));
-        }
+      if (!epilogue) {
+        sums_of(dy.lines(g, k, r.first_channel));
         return;
       }
-      if (mask) {
-        sums_of_valid(dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel));
-        return;
+      const auto of = [&](const auto& operand) { return span.of(operand.lines(g, k, r.first_channel)); };
+      const EpilogueGradient<T> before{span.tile,
+                                       of(dy),
+                                       of(x),
+                                       {center + c, z_scale + c, z_shift + c},
+                                       epilogue.activation,
+                                       of(epilogue.residual),
+                                       of(epilogue.output),
+                                       of(epilogue.dz)};
+      // Where some of the span is masked, sums are of dz as it was rounded.
+      const bool sums = sums_needed && span.tile.valid == nullptr;
+      if (!nothing) before.run(sums ? sum_dy + at : nullptr, sums ? sum_dy_x + at : nullptr);
+      if (mask == nullptr) return;
+      const Lines<T> dz = epilogue.dz.lines(g, k, r.first_channel);
+      if (dz.data) {
+        span.clear_within(dz);
+        span.clear_around(dz);
       }
-      kernel.grad_sums(tile, dy.lines(g, k, r.first_channel), x.lines(g, k, r.first_channel),
-                       center + (sets.of(g.sample_of(k)) * C + r.first_channel), sum_dy + at, sum_dy_x + at);
+      if (!sums) sums_of(gradient.lines(g, k, r.first_channel));
     });
   };
   // Leaves in the first segment of each row, or sample: sum dy, and sum dy * (x - mean) * rstd.
@@ -282,7 +250,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       }
     }
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
-      if (mask && mask->positions_of_row(row) == 0) return;
+      if (mask && mask->elements_of_row(row) == 0) return;
       const double low = SplitMean<A>(stat_mean[group]).low;
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
@@ -343,9 +311,10 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
     if (dx.data == nullptr) return;
     for_tiles(g, r, Order::kBackwards, [&](int64_t k, const Tile& whole) {
       const int64_t at = sets.of(g.sample_of(k)) * C + r.first_channel;
-      const Span span(whole, mask, k);
+      const Span<T> span(whole, mask, words, k);
+      const Lines<T> dx_lines = dx.lines(g, k, r.first_channel);
       const Lines<const T> from = span.of(gradient.lines(g, k, r.first_channel));
-      const Lines<T> to = span.of(dx.lines(g, k, r.first_channel));
+      const Lines<T> to = span.of(dx_lines);
       if (span.tile.positions == 0) {
       } else if (given) {
         kernel.scale(span.tile, from, to, scale + at);
@@ -354,11 +323,12 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
         const ExtremeGradients<T> extremes(span.tile, from, x_lines, exact + 4 * at);
         kernel.grad_apply(span.tile, from, x_lines, to, {center + at, scale + at, slope + at, shift + at});
         extremes.store(to);
+        span.clear_within(dx_lines);
       } else {
         kernel.grad_apply(span.tile, from, span.of(x.lines(g, k, r.first_channel)), to,
                           {center + at, scale + at, slope + at, shift + at});
       }
-      if (mask) clear_masked(whole, mask->segment(k), dx.lines(g, k, r.first_channel));
+      span.clear_around(dx_lines);
     });
   };
   run_stages(g, 2 * sizeof(T), given || totals.dy, reduce, merge, coefficients, apply);

@@ -101,7 +101,7 @@ Tensors3 channel_norm(const at::Tensor& input, const OptionalTensor& given_mean,
   const bool given = defined(given_mean);
   Operands operands{&x, &output, &added};
   const at::Tensor flags = as_flags(mask, input);
-  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!given && !flags.defined(), varying).geometry;
+  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!given, varying).geometry;
   const auto valid = mask_of(g, flags);
   if (valid && !given) check_counts(g, *valid, input);
   const auto shape = channel_statistics_shape(input, num_groups, over_batch);
@@ -167,7 +167,7 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
     if (nowhere && (flags.defined() || has_extremes(input, vars, eps))) unwanted = new_like(input);
   }
   Operands operands{&x, &dy, &dx, &added, &y, &dresidual, &unwanted};
-  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/!flags.defined(), varying).geometry;
+  const Geometry g = operands.view(num_groups, over_batch, /*wide=*/true, varying).geometry;
   const auto valid = mask_of(g, flags);
   const int64_t numel = parameters_of(input, varying), apart = varying ? g.channels : 0;
   const Scratch<double> sums(2 * numel);

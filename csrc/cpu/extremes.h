@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "mask.h"
 
 namespace normops::cpu {
 
@@ -88,16 +87,13 @@ void mend_rows(const RowBackward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// f(line, j) for every element of a channel of a tile that lies in one of the runs.
+// f(line, j, i) for every element of a channel of a tile, the i-th.
 template <typename F>
-void for_elements(const Tile& tile, c10::ArrayRef<Run> runs, int64_t c, const F& f) {
-  for (const Run& run : runs) {
-    for (int64_t p = run.begin; p < run.end(); ++p) {
-      if (tile.layout == Layout::kContiguous) {
-        f(c, p);
-      } else {
-        for (int64_t j = c * tile.width; j < (c + 1) * tile.width; ++j) f(p, j);
-      }
+void for_elements(const Tile& tile, int64_t c, const F& f) {
+  for (int64_t p = 0; p < tile.positions; ++p) {
+    for (int64_t j = 0; j < tile.width; ++j) {
+      const bool contiguous = tile.layout == Layout::kContiguous;
+      f(contiguous ? c : p, contiguous ? p : c * tile.width + j, p * tile.width + j);
     }
   }
 }
@@ -124,7 +120,7 @@ class ExtremeGradients {
       const double* const k = coefficients + 4 * c;
       if (std::isnan(k[0])) continue;
       channels_.push_back(c);
-      for_all(c, [&](int64_t line, int64_t j) {
+      for_elements(tile_, c, [&](int64_t line, int64_t j, int64_t) {
         results_.push_back(T(Acc<T>(k[0] * double(dy[line][j]) + k[1] * (double(x[line][j]) - k[2]) + k[3])));
       });
     }
@@ -133,16 +129,11 @@ class ExtremeGradients {
   void store(const Lines<T>& dx) const {
     auto next = results_.begin();
     for (const int64_t c : channels_) {
-      for_all(c, [&](int64_t line, int64_t j) { dx[line][j] = *next++; });
+      for_elements(tile_, c, [&](int64_t line, int64_t j, int64_t) { dx[line][j] = *next++; });
     }
   }
 
  private:
-  template <typename F>
-  void for_all(int64_t c, const F& f) const {
-    for_elements(tile_, Run{0, tile_.positions}, c, f);
-  }
-
   const Tile tile_;
   std::vector<int64_t> channels_;
   std::vector<T> results_;

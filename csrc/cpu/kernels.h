@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -31,6 +32,32 @@ struct Lines {
   T* operator[](int64_t line) const { return data + line * stride; }
 };
 
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Sums in float are taken over at most this many elements before they go on in double.
+constexpr int64_t kChunk = 4096;
+
+// An element of a channel: of its line, or of its run at a position.
+struct Place {
+  int64_t position, offset;
+};
+
+// Which elements of a tile are valid, the same of every channel, where some between them are not: rows of words of the
+// size of the arithmetic's numbers, in pack order, with all bits set or none (pack_valid in tiles.h). They are blended
+// with what a kernel computes, and nothing branches on them.
+struct Valid {
+  const void* words;
+  int64_t row;               // from one row to the next
+  int64_t count;             // valid elements of a channel
+  const int32_t* counts;     // in each kChunk elements of a contiguous line, if it has more than those
+  std::array<Place, 4> few;  // valid elements from all over the tile
+};
+
+// Rows of so many words.
+struct WordRows {
+  int64_t count, length;
+};
+
 // A rectangle of one sample: some channels by some positions of one segment. In a channels_last line `width` neighbours
 // belong to one channel.
 struct Tile {
@@ -38,6 +65,7 @@ struct Tile {
   int64_t channels;
   int64_t positions;
   int64_t width;
+  const Valid* valid = nullptr;  // null: all of it
 };
 
 // y = (x - center) * scale + shift, one entry per channel of the tile.
@@ -100,11 +128,16 @@ struct Kernels {
   void (*row_forward)(const RowForward<T>&, int64_t begin, int64_t end);
   void (*row_backward)(const RowBackward<T>&, int64_t begin, int64_t end);
 
+  // What is valid of a tile, from flags of its positions (and, where channels are wide, of all of their elements), and
+  // how many rows and words that takes.
+  WordRows (*valid_rows)(const Tile&);
+  void (*pack_valid)(const Tile&, const bool* flags, Acc<T>* words);
+
   // Stage 1. Per channel of the tile: mean and sum of squared deviations; backward: sum dy and sum dy * (x - center).
   void (*moments)(const Tile&, Lines<const T> x, double* mean, double* m2);
   void (*grad_sums)(const Tile&, Lines<const T> dy, Lines<const T> x, const Acc<T>* center, double* sum_dy,
                     double* sum_dy_x);
-  // Stage 3.
+  // Stage 3: zero where a tile is not valid.
   void (*apply)(const Tile&, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>&);
   void (*grad_apply)(const Tile&, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
                      const BackwardCoefficients<Acc<T>>&);

@@ -42,9 +42,8 @@ NORMOPS_INLINE std::array<Acc<T>, kTerms> sum_along(int64_t length, Term term) {
   return sums_of<T>(totals);
 }
 
-// Sums in float are taken over at most this many elements before they go on in double.
-constexpr int64_t kChunk = 4096;
-constexpr int64_t kHalfChunk = kChunk / 2;  // where only half as many sums are kept side by side
+constexpr int64_t kHalfChunk =
+    kChunk / 2;  // of sums in float (kernels.h), where only half as many sums are kept side by side
 
 // Summing up the lanes takes as long as some packs of a line, so for short lines it is done together, for some
 // kilobytes of them, as they are walked a second time.
@@ -183,12 +182,33 @@ NORMOPS_INLINE void add_deviations(const T* x, Lanes lanes, Acc<T> guess, Pack<T
   sums[1] = fmadd(d, d, sums[1]);
 }
 
+// Which elements of lines count: all of them. What else there is: SomeValid in tiles.h.
+struct AllValid {
+  static constexpr bool kAll = true;
+
+  template <typename Lanes>
+  NORMOPS_INLINE Lanes lanes(int64_t, int64_t, Lanes lanes) const {
+    return lanes;
+  }
+  template <typename Values>
+  NORMOPS_INLINE Values clear(const Values& values, int64_t, int64_t) const {
+    return values;
+  }
+  // Of a channel's, of a chunk's; and one of four from all over a channel, if all of it is there.
+  NORMOPS_INLINE int64_t count(int64_t all) const { return all; }
+  NORMOPS_INLINE int64_t count(int64_t, int64_t size) const { return size; }
+  NORMOPS_INLINE Place few(int, const Place& otherwise) const { return otherwise; }
+  NORMOPS_INLINE AllValid of_blocks(int64_t) const { return *this; }
+};
+
 // Mean and M2 of one chunk, given a guess at the mean.
-template <typename T>
-NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, double inverse, Acc<T> guess) {
+template <typename T, typename Which>
+NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t begin, int64_t size, double inverse,
+                                                       Acc<T> guess, const Which& valid) {
   const auto deviations = [&](const Acc<T> center) {
-    return sum_along<T, 2>(n,
-                           [&](int64_t j, auto lanes, Pack<T>* sums) { add_deviations(x + j, lanes, center, sums); });
+    return sum_along<T, 2>(size, [&](int64_t j, auto lanes, Pack<T>* sums) {
+      add_deviations(x + begin + j, valid.lanes(0, begin + j, lanes), center, sums);
+    });
   };
   auto sums = deviations(guess);
   if (!guess_was_near(sums[0], sums[1], inverse)) {
@@ -199,60 +219,87 @@ NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t n, do
   return {guess + low, sums[1] - sums[0] * low};
 }
 
+// The mean of four elements from all over.
+template <typename T>
+NORMOPS_INLINE Acc<T> mean_of_four(const T* const (&x)[4]) {
+  return (Acc<T>(*x[0]) + Acc<T>(*x[1]) + Acc<T>(*x[2]) + Acc<T>(*x[3])) / 4;
+}
+
 // Mean and M2 of a line, chunk by chunk while the chunk is in cache. Each chunk's guess is the mean so far; that of the
 // first, the mean of its first pack.
-template <typename T>
-NORMOPS_KERNEL moments_along(const T* x, int64_t length, double* mean, double* m2) {
-  int64_t begin = std::min(kChunk, length);
-  const int64_t few = std::min(Pack<T>::kSize, length);
-  std::tie(*mean, *m2) = chunk_moments(x, begin, 1.0 / begin, Pack<T>::load(x, Tail{few}).sum() / Acc<T>(few));
-  for (; begin < length; begin += kChunk) {
-    const int64_t n = std::min(kChunk, length - begin);
-    const auto [chunk_mean, chunk_m2] = chunk_moments(x + begin, n, 1.0 / n, Acc<T>(*mean));
-    MomentsMerge(begin, n)(*mean, *m2, chunk_mean, chunk_m2);
+template <typename T, typename Which>
+NORMOPS_KERNEL moments_along(const T* x, int64_t length, double* mean, double* m2, const Which& valid) {
+  const auto first_guess = [&] {
+    if constexpr (Which::kAll) {
+      const int64_t few = std::min(Pack<T>::kSize, length);
+      return Pack<T>::load(x, Tail{few}).sum() / Acc<T>(few);
+    } else {
+      const T* places[4];
+      for (int i = 0; i < 4; ++i) places[i] = x + valid.few(i, {}).offset;
+      return mean_of_four(places);
+    }
+  };
+  int64_t before = 0;
+  for (int64_t begin = 0; begin < length; begin += kChunk) {
+    const int64_t size = std::min(kChunk, length - begin), n = valid.count(begin, size);
+    if (n == 0) continue;
+    const Acc<T> guess = before == 0 ? first_guess() : Acc<T>(*mean);
+    const auto [chunk_mean, chunk_m2] = chunk_moments(x, begin, size, 1.0 / n, guess, valid);
+    if (before == 0)
+      std::tie(*mean, *m2) = std::pair(chunk_mean, chunk_m2);
+    else
+      MomentsMerge(before, n)(*mean, *m2, chunk_mean, chunk_m2);
+    before += n;
   }
 }
 
 // The same for up to kTogether short lines. The guess is the mean of four elements from all over the line.
-template <typename T>
-NORMOPS_KERNEL moments_together(const Lines<const T>& x, int64_t count, int64_t length, double* mean, double* m2) {
-  const double inverse = 1.0 / length;
+template <typename T, typename Which>
+NORMOPS_KERNEL moments_together(const Lines<const T>& x, int64_t count, int64_t length, double* mean, double* m2,
+                                const Which& valid) {
+  const double inverse = 1.0 / valid.count(length);
   Acc<T> guess[kTogether<T>];
   for (int64_t i = 0; i < count; ++i) {
-    const T* const line = x[i];
-    const int64_t quarter = length / 4;
-    guess[i] = (Acc<T>(line[0]) + Acc<T>(line[quarter]) + Acc<T>(line[2 * quarter]) + Acc<T>(line[3 * quarter])) / 4;
+    const T* places[4];
+    for (int k = 0; k < 4; ++k) places[k] = x[i] + valid.few(k, {0, k * (length / 4)}).offset;
+    guess[i] = mean_of_four(places);
   }
-  const auto add = [&](int64_t i, int64_t j, auto lanes, Pack<T>* s) { add_deviations(x[i] + j, lanes, guess[i], s); };
+  const auto add = [&](int64_t i, int64_t j, auto lanes, Pack<T>* s) {
+    add_deviations(x[i] + j, valid.lanes(0, j, lanes), guess[i], s);
+  };
   sums_of_lines<T, 2>(count, length, add, [&](int64_t i, const std::array<double, 2>& sums) {
     const auto [first, second] = sums;
     const double low = first * inverse;
     mean[i] = guess[i] + low;
     m2[i] = second - first * low;
     if (!guess_was_near(first, second, inverse)) [[unlikely]]
-      moments_along(x[i], length, mean + i, m2 + i);
+      moments_along(x[i], length, mean + i, m2 + i, valid);
   });
 }
 
 // Mean and M2 of `count` channels that lie in runs, side by side at each of some positions. The guess is the mean of
 // four elements from all over.
-template <typename T>
+template <typename T, typename Which>
 NORMOPS_KERNEL moments_of_runs(const Lines<const T>& x, int64_t count, int64_t positions, int64_t length, double* mean,
-                               double* m2) {
+                               double* m2, const Which& valid) {
   using A = Acc<T>;
-  const double inverse = 1.0 / (positions * length);
+  const double inverse = 1.0 / valid.count(positions * length);
   A guess[kTogether<T>];
   for (int64_t first = 0; first < count; first += kTogether<T>) {
     const int64_t channels = std::min(kTogether<T>, count - first);
     const T* const begin = x.data + first * length;
     for (int64_t i = 0; i < channels; ++i) {
-      A sum = 0;
-      for (int64_t k = 0; k < 4; ++k) sum += A(begin[positions * k / 4 * x.stride + i * length + length * k / 4]);
-      guess[i] = sum / 4;
+      const T* places[4];
+      for (int k = 0; k < 4; ++k) {
+        const Place place = valid.few(k, {positions * k / 4, length * k / 4});
+        places[k] = begin + place.position * x.stride + i * length + place.offset;
+      }
+      guess[i] = mean_of_four(places);
     }
     const auto deviations = [&](int64_t from, int64_t to, auto take) {
       const auto add = [&](int64_t i, int64_t position, int64_t j, auto lanes, Pack<T>* s) {
-        add_deviations(begin + position * x.stride + (from + i) * length + j, lanes, guess[from + i], s);
+        const T* const own = begin + position * x.stride + (from + i) * length + j;
+        add_deviations(own, valid.lanes(position, j, lanes), guess[from + i], s);
       };
       sums_of_runs<T, 2>(to - from, positions, length, add, take);
     };
@@ -269,15 +316,16 @@ NORMOPS_KERNEL moments_of_runs(const Lines<const T>& x, int64_t count, int64_t p
 }
 
 // Mean and M2 of `count` lines.
-template <typename T>
-void moments_of_lines(const Lines<const T>& x, int64_t count, int64_t length, double* mean, double* m2) {
+template <typename T, typename Which = AllValid>
+void moments_of_lines(const Lines<const T>& x, int64_t count, int64_t length, double* mean, double* m2,
+                      const Which& valid = {}) {
   const bool is_short_line = is_short<T>(length);
   const int64_t at_once = is_short_line ? kTogether<T> : 1;
   for (int64_t i = 0; i < count; i += at_once) {
     if (is_short_line)
-      moments_together<T>({x[i], x.stride}, std::min(at_once, count - i), length, mean + i, m2 + i);
+      moments_together<T>({x[i], x.stride}, std::min(at_once, count - i), length, mean + i, m2 + i, valid);
     else
-      moments_along(x[i], length, mean + i, m2 + i);
+      moments_along(x[i], length, mean + i, m2 + i, valid);
   }
 }
 

@@ -1,19 +1,11 @@
 #pragma once
 
-// Masks: which positions of an input are valid. A mask is a list of runs, of neighbours that are valid, for each
-// segment. Sums and statistics are of tiles that hold the valid elements alone: where these lie, if they are one run,
-// as those of a padded sequence are, or side by side in memory of their own. What is written is written for everything
-// between the first valid position and the last, and zero is put into the gaps while they are in cache.
-
-#include <ATen/core/Tensor.h>
-#include <c10/util/ArrayRef.h>
+// Masks: which positions of an input are valid. What of a segment is walked is what lies between its first valid
+// position and its last. Where some of that is masked, kernels blend it out with the words of a tile (kernels.h): sums
+// are then of valid elements alone, and results zero elsewhere, for the price of one more operand.
 
 #include <algorithm>
-#include <array>
 #include <memory>
-#include <tuple>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -28,168 +20,219 @@ struct Run {
 
 class Mask {
  public:
-  // What a segment has of valid positions, and of masked ones: as runs, and, where contiguous lines have short ones,
-  // one by one as well.
-  struct Positions {
-    std::vector<Run> runs;
-    std::vector<int32_t> each;
-    int64_t count = 0;
-
-    void add(int64_t begin, int64_t end) {
-      runs.push_back({begin, end - begin});
-      count += end - begin;
-    }
-    // Those whose flag is `valid`.
-    void list(const bool* flags, int64_t length, bool valid) {
-      constexpr int64_t kShort = 16;
-      if (count >= kShort * static_cast<int64_t>(runs.size())) return;
-      each.resize(count);
-      int64_t next = 0;
-      for (int64_t i = 0; i < length && next < count; ++i) {
-        each[next] = static_cast<int32_t>(i);
-        next += flags[i] == valid;
-      }
-    }
-  };
   struct Segment {
-    Positions valid, masked;
+    const bool* flags;  // of all of its positions, and, where channels are wide, of all elements of one
+    Run span;           // what is walked
+    int64_t count;      // valid elements of a channel
+    bool gaps;          // whether some of the span is masked
   };
 
   // `valid` has a flag for each position of every sample, in order.
-  Mask(const Geometry& g, const bool* valid) : segments_(g.segments()), positions_(g.rows(), 0) {
-    // Where runs begin. Nothing here branches on a flag: nobody could foresee random ones.
-    std::vector<int64_t> begins(std::min(g.segment_length, g.positions) + 1);
+  Mask(const Geometry& g, const bool* valid) : segments_(g.segments()), elements_(g.rows(), 0) {
     for (int64_t k = 0; k < g.segments(); ++k) {
-      Segment& segment = segments_[k];
-      const bool* const flags = valid + g.sample_of(k) * g.positions + g.segment_begin(k);
-      const int64_t length = g.segment_count(k);
-      int64_t runs = length > 0;
-      for (int64_t i = 1; i < length; ++i) {
-        begins[runs] = i;
-        runs += flags[i] != flags[i - 1];
-      }
-      begins[runs] = length;
-      segment.valid.runs.reserve(runs / 2 + 1);
-      segment.masked.runs.reserve(runs / 2 + 1);
-      for (int64_t i = 0; i < runs; ++i) {
-        (flags[begins[i]] ? segment.valid : segment.masked).add(begins[i], begins[i + 1]);
-      }
-      if (g.layout == Layout::kContiguous) {
-        segment.valid.list(flags, length, true);
-        segment.masked.list(flags, length, false);
-      }
-      positions_[g.row_of(g.sample_of(k))] += segment.valid.count;
+      const bool* const flags = valid + (g.sample_of(k) * g.positions + g.segment_begin(k)) * g.width;
+      segments_[k] = segment_of(g, flags, g.segment_count(k));
+      elements_[g.row_of(g.sample_of(k))] += segments_[k].count;
     }
   }
 
   const Segment& segment(int64_t k) const { return segments_[k]; }
-  c10::ArrayRef<Run> runs(int64_t k) const { return segments_[k].valid.runs; }
-  int64_t positions(int64_t k) const { return segments_[k].valid.count; }
-  // Valid positions of all samples that share a statistic.
-  int64_t positions_of_row(int64_t row) const { return positions_[row]; }
+  // Valid elements of a channel.
+  int64_t elements(int64_t k) const { return segments_[k].count; }
+  // The same, of all samples that share a statistic.
+  int64_t elements_of_row(int64_t row) const { return elements_[row]; }
 
  private:
+  static Segment segment_of(const Geometry& g, const bool* flags, int64_t positions) {
+    const int64_t length = positions * g.width, count = std::count(flags, flags + length, true);
+    if (count == 0) return {flags, {0, 0}, 0, false};
+    // Blending short lines out takes less time than filling what is left of each with zeros.
+    constexpr int64_t kShort = 512;
+    Run span{0, positions};
+    if (g.layout == Layout::kChannelsLast ? g.width == 1 : positions > kShort) {
+      while (!flags[span.begin]) ++span.begin, --span.count;
+      while (!flags[span.begin + span.count - 1]) --span.count;
+    }
+    return {flags, span, count, count < span.count * g.width};
+  }
+
   std::vector<Segment> segments_;
-  std::vector<int64_t> positions_;
+  std::vector<int64_t> elements_;
 };
 
 // Of the channels of a group: those that are valid.
 inline int64_t elements_per_group(const Geometry& g, const Mask* mask, int64_t row) {
-  return mask ? mask->positions_of_row(row) * g.width * g.group_size() : g.elements_per_group();
+  return mask ? mask->elements_of_row(row) * g.group_size() : g.elements_per_group();
 }
 
-// A part of a tile's positions, and of the lines it is made of.
-inline Tile part_of(const Tile& tile, const Run& run) { return {tile.layout, tile.channels, run.count, tile.width}; }
+// What is valid of the span of a segment, in words. Those of lines that go along positions serve all channels, however
+// they are cut into tiles, and are made once. Those of channels_last are as many as kernels find in cache, and are made
+// for each tile.
 template <typename T>
-Lines<T> part_of(const Tile& tile, const Lines<T>& x, const Run& run) {
-  if (x.data == nullptr) return x;
-  return {tile.layout == Layout::kContiguous ? x.data + run.begin : x[run.begin], x.stride};
-}
+class MaskWords {
+  using A = Acc<T>;
 
-// From the first valid position to the last.
-inline Run span_of(c10::ArrayRef<Run> runs) {
-  return runs.empty() ? Run{0, 0} : Run{runs.front().begin, runs.back().end() - runs.front().begin};
-}
+ public:
+  class Own {
+   public:
+    const Valid* get() const { return gaps ? &valid : nullptr; }
 
-// f(channel, position, tile, lines...) with some valid elements of a tile, those of channels from `channel` on and, of
-// their valid positions, from that of number `position` on; nothing if there are none.
-template <typename F, typename... T>
-void for_valid(const Tile& tile, const Mask::Segment& segment, const F& f, const Lines<const T>&... operands) {
-  const std::vector<Run>& runs = segment.valid.runs;
-  if (runs.empty()) return;
-  if (runs.size() == 1) {
-    f(int64_t{0}, int64_t{0}, part_of(tile, runs[0]), part_of(tile, operands, runs[0])...);
-    return;
-  }
-  // What stays in a cache, and, of lines that sums go across, not too few.
-  constexpr int64_t kElements = 16 * 1024, kLines = 64;
-  const int64_t positions = segment.valid.count;
-  if (tile.layout != Layout::kContiguous) {
-    const int64_t length = tile.channels * tile.width;
-    const int64_t at_once = std::min(positions, std::max(kLines, kElements / length));
-    const std::tuple memory{std::unique_ptr<T[]>(new T[at_once * length])...};
-    int64_t first = 0, count = 0;
-    const auto flush = [&] {
-      std::apply(
-          [&](const auto&... own) {
-            f(int64_t{0}, first, Tile{tile.layout, tile.channels, count, tile.width},
-              Lines<const T>{own.get(), length}...);
-          },
-          memory);
-      first += count;
-      count = 0;
-    };
-    for (const Run& run : runs) {
-      for (int64_t i = run.begin; i < run.end(); ++i) {
-        std::apply([&](const auto&... own) { (std::copy_n(operands[i], length, own.get() + count * length), ...); },
-                   memory);
-        if (++count == at_once) flush();
-      }
-    }
-    if (count > 0) flush();
-    return;
-  }
-  const int64_t at_once = std::clamp<int64_t>(kElements / positions, 1, tile.channels);
-  const std::vector<int32_t>& indices = segment.valid.each;
-  const std::tuple memory{std::unique_ptr<T[]>(new T[at_once * positions])...};
-  const auto gather = [&](auto x, auto* to, int64_t first, int64_t channels) {
-    for (int64_t c = first; c < first + channels; ++c, to += positions) {
-      const auto* const from = x[c];
-      if (!indices.empty()) {
-        for (int64_t i = 0; i < positions; ++i) to[i] = from[indices[i]];
-        continue;
-      }
-      auto* next = to;
-      for (const Run& run : runs) next = std::copy_n(from + run.begin, run.count, next);
-    }
+   private:
+    friend class MaskWords;
+    bool gaps = false;
+    Valid valid{};
+    std::unique_ptr<A[]> memory;
   };
-  for (int64_t c = 0; c < tile.channels; c += at_once) {
-    const int64_t channels = std::min(at_once, tile.channels - c);
-    std::apply(
-        [&](const auto&... own) {
-          (gather(operands, own.get(), c, channels), ...);
-          f(c, int64_t{0}, Tile{tile.layout, channels, positions, tile.width}, Lines<const T>{own.get(), positions}...);
-        },
-        memory);
-  }
-}
 
-// Zero at the masked positions of a tile.
-template <typename T>
-void clear_masked(const Tile& tile, const Mask::Segment& segment, const Lines<T>& y) {
-  const Mask::Positions& masked = segment.masked;
-  if (tile.layout != Layout::kContiguous) {
-    for (const Run& gap : masked.runs) {
-      for (int64_t i = gap.begin; i < gap.end(); ++i) std::fill_n(y[i], tile.channels * tile.width, T(0));
+  MaskWords(const Geometry& g, const Mask* mask) : g_(g), mask_(mask) {
+    if (mask == nullptr || of_each_tile()) return;
+    int64_t size = 0;
+    offsets_.reserve(g.segments());
+    counts_.resize(g.layout == Layout::kContiguous && g.segment_length > kChunk ? g.segments() * chunks() : 0);
+    for (int64_t k = 0; k < g.segments(); ++k) {
+      offsets_.push_back(size);
+      if (mask->segment(k).gaps) size += rows(k).count * rows(k).length;
     }
-    return;
+    all_.reset(new A[size]);
+    for (int64_t k = 0; k < g.segments(); ++k) {
+      if (!mask->segment(k).gaps) continue;
+      pack(k, all_.get() + offsets_[k]);
+      if (!counts_.empty()) count_chunks(k);
+    }
   }
-  for (int64_t c = 0; c < tile.channels; ++c) {
-    T* const line = y[c];
-    for (const int32_t i : masked.each) line[i] = T(0);
-    if (!masked.each.empty()) continue;
-    for (const Run& gap : masked.runs) std::fill_n(line + gap.begin, gap.count, T(0));
+
+  // Of segment k.
+  Own operator[](int64_t k) const {
+    Own own;
+    own.gaps = mask_ && mask_->segment(k).gaps;
+    if (!own.gaps) return own;
+    const Mask::Segment& segment = mask_->segment(k);
+    const WordRows shape = rows(k);
+    if (of_each_tile()) {
+      own.memory.reset(new A[shape.count * shape.length]);
+      pack(k, own.memory.get());
+    }
+    own.valid = {of_each_tile() ? own.memory.get() : all_.get() + offsets_[k], shape.length, segment.count, nullptr};
+    if (!counts_.empty()) own.valid.counts = counts_.data() + k * chunks();
+    const bool* const flags = segment.flags + segment.span.begin * g_.width;
+    const int64_t length = segment.span.count * g_.width;
+    for (int64_t i = 0; i < 4; ++i) {
+      const bool* place = std::find(flags + i * length / 4, flags + length, true);
+      if (place == flags + length) place = std::find(flags, place, true);
+      const int64_t at = place - flags;
+      own.valid.few[i] = g_.layout == Layout::kContiguous ? Place{0, at} : Place{at / g_.width, at % g_.width};
+    }
+    return own;
   }
-}
+
+ private:
+  static const Kernels<T>& kernel() { return kernels().of<T>(); }
+  bool of_each_tile() const { return g_.layout == Layout::kChannelsLast && g_.width == 1; }
+  int64_t chunks() const { return (g_.segment_length + kChunk - 1) / kChunk; }
+  Tile tile(int64_t k) const {
+    static constexpr Valid some{};
+    return {g_.layout, g_.channels, mask_->segment(k).span.count, g_.width, &some};
+  }
+  WordRows rows(int64_t k) const { return kernel().valid_rows(tile(k)); }
+
+  void pack(int64_t k, A* words) const {
+    const Mask::Segment& segment = mask_->segment(k);
+    const bool* const flags = segment.flags + segment.span.begin * g_.width;
+    kernel().pack_valid(tile(k), flags, words);
+  }
+  void count_chunks(int64_t k) {
+    const Mask::Segment& segment = mask_->segment(k);
+    const bool* const flags = segment.flags + segment.span.begin;
+    for (int64_t at = 0; at < segment.span.count; at += kChunk) {
+      const bool* const end = flags + std::min(at + kChunk, segment.span.count);
+      counts_[k * chunks() + at / kChunk] = static_cast<int32_t>(std::count(flags + at, end, true));
+    }
+  }
+
+  const Geometry& g_;
+  const Mask* const mask_;
+  std::unique_ptr<A[]> all_;
+  std::vector<int64_t> offsets_;
+  std::vector<int32_t> counts_;
+};
+
+// What of a segment's tile is walked, and which of that is valid.
+template <typename T>
+class Span {
+ public:
+  Span(const Tile& whole, const Mask* mask, const MaskWords<T>& words, int64_t segment)
+      : run_(mask ? mask->segment(segment).span : Run{0, whole.positions}),
+        words_(words[segment]),
+        whole_(whole),
+        tile{whole.layout, whole.channels, run_.count, whole.width, words_.get()} {}
+
+  template <typename E>
+  Lines<E> of(const Lines<E>& x) const {
+    if (x.data == nullptr) return x;
+    return {tile.layout == Layout::kContiguous ? x.data + run_.begin : x[run_.begin], x.stride};
+  }
+
+  // Zero around the span; and within it, where kernels have not blended, but been led by `of`.
+  void clear_around(const Lines<T>& y) const {
+    if (run_.count == whole_.positions) return;
+    const auto clear = [](T* begin, T* end) { std::fill(begin, end, T(0)); };
+    if (tile.layout == Layout::kContiguous) {
+      for (int64_t c = 0; c < whole_.channels; ++c) {
+        clear(y[c], y[c] + run_.begin);
+        clear(y[c] + run_.end(), y[c] + whole_.positions);
+      }
+      return;
+    }
+    for (int64_t p = 0; p < whole_.positions; ++p) {
+      if (p == run_.begin) p = run_.end();
+      if (p < whole_.positions) clear(y[p], y[p] + whole_.channels * whole_.width);
+    }
+  }
+  void clear_within(const Lines<T>& y) const {
+    if (tile.valid == nullptr) return;
+    const std::vector<Acc<T>> ones(tile.channels, Acc<T>(1));
+    kernels().of<T>().scale(tile, {of(y).data, y.stride}, of(y), ones.data());
+  }
+
+ private:
+  const Run run_;
+  const typename MaskWords<T>::Own words_;
+  const Tile& whole_;
+
+ public:
+  const Tile tile;
+};
+
+// A mask of lines that are groups of neighbouring channels, where a mask has to be repeated for each of them.
+template <typename T>
+class JoinedMask {
+ public:
+  // Where lines are short, and the words of one group serve some others.
+  static bool pays(const Geometry& g) { return g.positions <= 64 && g.group_size() > 1 && g.num_groups >= 3; }
+
+  JoinedMask(const Geometry& g, const Mask& mask)
+      : g_{g.samples, g.num_groups, g.group_size() * g.positions, g.num_groups, false, g.layout, g.segment_length},
+        flags_(new bool[g_.samples * g_.positions]),
+        mask_(g_, repeat(g, mask)),
+        words_(g_, &mask_) {}
+
+  Span<T> span(const Tile& whole, int64_t segment) const { return {whole, &mask_, words_, segment}; }
+
+ private:
+  const bool* repeat(const Geometry& g, const Mask& mask) const {
+    bool* next = flags_.get();
+    for (int64_t sample = 0; sample < g.samples; ++sample) {
+      for (int64_t c = 0; c < g.group_size(); ++c) {
+        next = std::copy_n(mask.segment(sample).flags, g.positions, next);
+      }
+    }
+    return flags_.get();
+  }
+
+  const Geometry g_;
+  const std::unique_ptr<bool[]> flags_;
+  const Mask mask_;
+  const MaskWords<T> words_;
+};
 
 }  // namespace normops::cpu

@@ -37,6 +37,13 @@ struct Tail {
   int64_t count;
 };
 
+// The same, of which only those count whose word has its bits set.
+template <typename T, typename Lanes>
+struct Marked {
+  Lanes lanes;
+  const Acc<T>* words;
+};
+
 // Which elements of a line the lanes of a register's worth of T hold: one vector for float and double, two for 16-bit
 // types. They are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (narrow.h).
 template <typename T>
@@ -94,6 +101,11 @@ struct Pack : PackOrder<T> {
   }
 
   template <typename Lanes>
+  NORMOPS_INLINE static Pack load(const T* source, const Marked<T, Lanes>& marked) {
+    return load(source, marked.lanes);
+  }
+
+  template <typename Lanes>
   NORMOPS_INLINE void store(T* target, Lanes lanes) const {
     const auto elements = [&] {
       if constexpr (kParts == 1)
@@ -126,6 +138,17 @@ struct Pack : PackOrder<T> {
       result.part[i] = Vec::blendv(Vec(A(0)), part[i], index < Vec(A(tail.count)));
     }
     return result;
+  }
+
+  // Zero, whatever it was, where a word has no bit set.
+  NORMOPS_INLINE Pack masked_by(const A* words) const {
+    Pack result;
+    for (int i = 0; i < kParts; ++i) result.part[i] = part[i] & Vec::loadu(words + i * kLanes);
+    return result;
+  }
+  template <typename Lanes>
+  NORMOPS_INLINE Pack masked(const Marked<T, Lanes>& marked) const {
+    return masked_by(marked.words).masked(marked.lanes);
   }
 
   NORMOPS_INLINE Vec sum_of_parts() const {

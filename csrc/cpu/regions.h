@@ -32,8 +32,6 @@ struct Region {
   int64_t first_channel, last_channel;
 };
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 enum class Order { kForwards, kBackwards };
 
 using Stage = c10::function_ref<void(const Region&)>;

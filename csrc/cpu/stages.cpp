@@ -22,7 +22,7 @@ std::pair<at::Tensor, at::Tensor> zero_statistics(const at::Tensor& input) {
 Tensors2 channel_moments(const at::Tensor& input, const OptionalTensor& mask) {
   at::Tensor x = input;
   const at::Tensor flags = as_flags(mask, input);
-  const auto view = batch_view({&x}, /*wide=*/!flags.defined());
+  const auto view = batch_view({&x}, /*wide=*/true);
   const auto valid = mask_of(view.geometry, flags);
   at::Tensor mean, var;  // which a lambda captures, as clang before 16 does not capture structured bindings
   std::tie(mean, var) = zero_statistics(input);
@@ -40,7 +40,7 @@ Tensors2 channel_grad_sums(const at::Tensor& grad_output, const at::Tensor& inpu
                            const at::Tensor& var, double eps, const OptionalTensor& mask) {
   at::Tensor x = input, dy = grad_output;
   const at::Tensor flags = as_flags(mask, input);
-  const auto view = batch_view({&x, &dy}, /*wide=*/!flags.defined());
+  const auto view = batch_view({&x, &dy}, /*wide=*/true);
   const auto valid = mask_of(view.geometry, flags);
   at::Tensor sum_dy, sum_dy_xhat;  // likewise
   std::tie(sum_dy, sum_dy_xhat) = zero_statistics(input);
@@ -63,7 +63,7 @@ at::Tensor channel_grad_apply(const at::Tensor& grad_output, const at::Tensor& i
   at::Tensor x = input, dy = grad_output;
   at::Tensor dx = new_like(input);
   const at::Tensor flags = as_flags(mask, input);
-  const auto view = batch_view({&x, &dy, &dx}, /*wide=*/!flags.defined());
+  const auto view = batch_view({&x, &dy, &dx}, /*wide=*/true);
   const auto valid = mask_of(view.geometry, flags);
   const auto statistic = [&](const at::Tensor& tensor, const char* name) {
     return as_parameter(tensor, input, input.size(1), at::kDouble, name);

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../../csrc/activation.h"
-#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/mask.h"
 
 namespace normops::cpu::CPU_CAPABILITY {
 void add_row_forward(KernelTable&);
@@ -40,6 +40,12 @@ const KernelTable& table() {
   }();
   return all;
 }
+
+}  // namespace
+
+const KernelTable& kernels() { return table(); }
+
+namespace {
 
 void expect(bool condition, const char* what) {
   if (condition) return;
@@ -110,6 +116,56 @@ void share(int64_t items, int64_t ranges, const F& f) {
 template <typename T>
 bool finite(const T* values, int64_t count) {
   return std::all_of(values, values + count, [](T value) { return std::isfinite(double(value)); });
+}
+
+// A mask of a tile, through the kernels that know masks: what is not valid is not a number, and comes out as zero.
+template <typename T>
+void masked(const Geometry& g, const Lines<const T>& x, const Lines<const T>& dy, const Lines<T>& y, Bytes& bytes) {
+  using A = Acc<T>;
+  const Kernels<T>& kernel = table().of<T>();
+  const int64_t elements = g.positions * g.width, sparse = 1 + bytes.below(8);
+  const Block<bool> flags(elements);
+  for (int64_t i = 0; i < elements; ++i) flags.get()[i] = int64_t(bytes.value() + 8) % 8 < sparse;
+  flags.get()[bytes.below(elements)] = true;
+  const Mask mask(g, flags.get());
+  const MaskWords<T> words(g, &mask);
+  const Tile whole{g.layout, g.channels, g.positions, g.width};
+  const Span<T> span(whole, &mask, words, 0);
+  const Block<T> spoilt((g.layout == Layout::kContiguous ? g.channels : g.positions) * x.stride);
+  const Lines<T> in{spoilt.get(), x.stride};
+  const auto each = [&](const auto& f) {
+    for (int64_t c = 0; c < g.channels; ++c) {
+      for (int64_t i = 0; i < elements; ++i) {
+        const bool contiguous = g.layout == Layout::kContiguous;
+        f(flags.get()[i], contiguous ? c : i / g.width, contiguous ? i : c * g.width + i % g.width);
+      }
+    }
+  };
+  each([&](bool valid, int64_t line, int64_t j) { in[line][j] = valid ? x[line][j] : T(std::nan("")); });
+  const Lines<const T> own = span.of(Lines<const T>{in.data, in.stride});
+  const Block<double> mean(g.channels), m2(g.channels), sum_dy(g.channels), sum_dy_x(g.channels);
+  const Block<A> center(g.channels), ones(g.channels);
+  kernel.moments(span.tile, own, mean.get(), m2.get());
+  expect(finite(m2.get(), g.channels), "a sum of squares with a mask is not finite");
+  for (int64_t c = 0; c < g.channels; ++c) {
+    center.get()[c] = A(mean.get()[c]);
+    ones.get()[c] = 1;
+  }
+  kernel.grad_sums(span.tile, span.of(dy), own, center.get(), sum_dy.get(), sum_dy_x.get());
+  expect(finite(sum_dy_x.get(), g.channels), "a sum with a mask is not finite");
+  const auto check = [&] {
+    span.clear_around(y);
+    each([&](bool valid, int64_t line, int64_t j) {
+      const double value = double(y[line][j]);
+      expect(valid ? std::isfinite(value) : value == 0, "an output with a mask");
+    });
+  };
+  kernel.apply(span.tile, own, span.of(y), {center.get(), ones.get(), center.get()});
+  check();
+  kernel.grad_apply(span.tile, own, span.of(dy), span.of(y), {center.get(), ones.get(), ones.get(), center.get()});
+  check();
+  span.clear_within(y);
+  check();
 }
 
 template <typename T>
@@ -218,6 +274,10 @@ void channels(const Kernels<T>& kernel, Bytes& bytes) {
   }
   kernel.grad_sums(all, in(dy, 0), in(x, 0), center.get(), sum_dy.get(), sum_dy_x.get());
   expect(finite(sum_dy_x.get(), channels), "a sum is not finite");
+  if (bytes.flag()) {
+    const Geometry g{1, channels, positions, channels, true, layout, positions, width};
+    masked<T>(g, in(x, 0), in(dy, 0), at(y.get(), 0), bytes);
+  }
   const Kernels<A>& arithmetic = table().of<A>();
   share(lines, ranges, [&](int64_t begin, int64_t end) {
     const Tile tile = tile_of(begin, end);

@@ -57,6 +57,8 @@ FUNCTIONS = {
     "group_norm": Function("group_norm", CHANNELS, {"num_groups": 4}),
     "layer_norm": _rows("layer_norm", "weight", "bias"),
     "rms_norm": _rows("rms_norm", "weight"),
+    "channel_layer_norm": Function("channel_layer_norm", CHANNELS, {}),
+    "channel_rms_norm": Function("channel_rms_norm", {"weight": CHANNELS["weight"]}, {}),
     "add_layer_norm": _rows("add_layer_norm", "weight", "bias"),
     "add_rms_norm": _rows("add_rms_norm", "weight"),
 }
@@ -117,7 +119,10 @@ def separate(name: str, input: Tensor, *, activation=None, negative_slope=SLOPE,
     if name.startswith("add_"):
         total = input + residual
         return getattr(TF, name.removeprefix("add_"))(total, **arguments), total
-    y = getattr(TF, name)(input, **arguments)
+    if name.startswith("channel_"):
+        y = sweep.across_channels(getattr(TF, name.removeprefix("channel_")), input, **arguments)
+    else:
+        y = getattr(TF, name)(input, **arguments)
     return _activations.apply(y if residual is None else y + residual, activation, negative_slope)
 
 
@@ -188,6 +193,8 @@ def compose(name: str, input: Tensor, **arguments: Any) -> Any:
         "batch_norm": ("running_mean", "running_var", "weight", "bias", "training"),
         "instance_norm": ("running_mean", "running_var", "weight", "bias", "use_input_stats"),
         "group_norm": ("num_groups", "weight", "bias", "eps"),
+        "channel_layer_norm": ("weight", "bias", "eps"),
+        "channel_rms_norm": ("weight", "bias", "eps"),
     }.get(name, ("residual",) * name.startswith("add_") + ("normalized_shape", "weight", "bias", "eps"))
     if name.endswith("rms_norm"):
         order = tuple(key for key in order if key != "bias")

@@ -1,20 +1,23 @@
 """``python -m bench.gpu_model``: what the CUDA kernels would take on cards that are not here. A prediction, no result.
 
-The launchers are run for the shapes of ``bench.gpu`` on an emulator that checks and counts launches and executes
-nothing, so launches, blocks and threads are those of a card. Registers, instructions and loads in flight are those of
-the compiled kernels (tests/cuda/resources.txt). A kernel takes as long as the slowest of
+The launchers are run for the shapes of ``bench.gpu`` on an emulator that runs one block of each launch and counts what
+it does, so launches, blocks, threads, sectors of memory and loads of a thread are those of a card. Registers,
+instructions and loads in flight are those of the compiled kernels (tests/cuda/resources.txt). A kernel takes as long as
+the slowest of
 
-- its bytes at the bandwidth of a copy (what a stage before has left in half of the second-level cache, at that of the
-  cache),
-- its reads at what the threads that fit have under way, divided by the latency of memory,
+- its sectors at the bandwidth of a copy (what a stage before has left in half of the second-level cache, and its
+  statistics, at that of the cache),
+- the loads of its busiest thread, as many at a time as are under way at once, at the latency of memory, for all blocks
+  that have to wait for the place of another,
 - its instructions at a rate that such code reaches,
 
-where two that are near each other add up to somewhat more (a mean of fourth powers), and a start and an end. Of
-statistics, coefficients and partial sums only the launches count.
+where two that are near each other add up to somewhat more (a mean of fourth powers), and a start and an end.
 """
 
 import argparse
+import functools
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +31,9 @@ from bench.gpu import TRAFFIC, cases
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests/cuda")]
 import resources  # noqa: E402
-from emulator import backend, traffic_table  # noqa: E402
+from emulator import backend  # noqa: E402
 
+SECTOR = 32
 POWER = 4  # of the mean of what limits a kernel
 INSTRUCTIONS_PER_CLOCK = 2.6  # of a multiprocessor, which could issue 4
 SECONDS_PER_LAUNCH = 1.5e-6  # to start and to drain, in a graph
@@ -52,12 +56,13 @@ CARDS = [
     Card("A100", "sm_80", "80", 108, 1.41e9, 1.75e12, 0.65e-6, 40e6, 4.0e12),
     Card("H100", "sm_90", "90", 132, 1.75e9, 3.0e12, 0.75e-6, 50e6, 5.5e12),
     Card("H200", "sm_90", "90", 132, 1.9e9, 4.3e12, 0.75e-6, 50e6, 5.5e12),
+    Card("B200", "sm_100", "100", 148, 1.85e9, 7.0e12, 0.8e-6, 126e6, 10.0e12),
     Card("RTX 4090", "sm_89", "80", 128, 2.5e9, 0.92e12, 0.6e-6, 72e6, 4.0e12),
 ]
 
 # How often a kernel reads and writes the elements of the input, and how often of these it reads what the stage before
 # has just read.
-PASSES = {kernel: passes for kernel, passes in traffic_table.passes().items() if passes[0]}
+PASSES = resources.passes()
 
 # How often torch's kernels read and write them, forward and backward, as far as is known, which has been neither read
 # up nor measured: statistics, then the output; the sums for the parameters, the sums for dx, then dx, of which
@@ -72,22 +77,6 @@ TORCH = {
 }
 
 
-def vectors_at_once(kernel, arguments):
-    """Vectors of all tensors that the listed instructions of a kernel read: an unrolled loop over memory."""
-    if kernel.startswith("slab"):
-        return int(arguments[2]) * (2 if kernel == "slab_backward" else 1)
-    if kernel == "row_forward":
-        return max(int(arguments[3]), 8) if arguments[2] != "1" else int(arguments[3])
-    if kernel == "row_backward":
-        return 2 * (max(int(arguments[3]), 4) if arguments[2] != "1" else int(arguments[3]))
-    return 16 * PASSES[kernel][0]
-
-
-def vector_bytes(kernel, arguments, element_size):
-    size = {"slab": 1, "row_": 2, "long": 1}.get(kernel[:4], 2)
-    return int(arguments[size]) * element_size
-
-
 @dataclass
 class Prediction:
     kernel: str
@@ -98,42 +87,47 @@ class Prediction:
 def predict_kernel(card, launches, table, tensor_bytes, element_size, warm):
     """``warm``: a stage before has read the same tensors."""
     name = resources.short(launches.name)
-    short, _, rest = name.partition("_kernel")
-    if short not in PASSES:
-        return Prediction(short, launches.launches * SECONDS_PER_LAUNCH, "launch")
-    arguments = rest.strip("<>").split(",")
+    short, arguments = resources.parts(name)
     figures = table[name, card.compiled]
-    reads, writes, again = PASSES[short]
+    reads, _, again = PASSES.get(short, (0, 0, 0))
     blocks, threads = launches.blocks / launches.launches, launches.threads / launches.blocks
     resident = max(1, min(65536 // (-(-figures["registers"] // 8) * 8 * threads), 2048 // threads, 32))
     resident = min(resident * card.multiprocessors, blocks)
+    read, written = (
+        SECTOR * sectors / launches.launches for sectors in (launches.sectors_read, launches.sectors_written)
+    )
     cached = min(1.0, card.cache / 2 / tensor_bytes / again) if warm and again else 0.0
-    far = (reads - again * cached + writes) * tensor_bytes
-    near = again * cached * tensor_bytes
-    of_vector = vector_bytes(short, arguments, element_size)
-    in_flight = resident * threads * figures["flight"] * of_vector
-    warps_at_work = min(1.0, blocks / card.multiprocessors)
-    vectors = reads * tensor_bytes / of_vector
-    instructions = (figures["loop"] or figures["path"]) / vectors_at_once(short, arguments) * vectors / 32
+    again = again * cached * tensor_bytes
+    near = max(0.0, read - reads * tensor_bytes) + again  # also what many blocks read, or the kernel before has written
+    far = reads * tensor_bytes - again + written
+    if reads:
+        vectors = tensor_bytes / element_size / resources.vector_size(short, arguments)
+        listed = resources.vectors_of_thread(short, arguments)
+        instructions = (figures["loop"] or figures["path"]) / listed * vectors / 32
+    else:
+        instructions = figures["path"] * blocks * threads / 32
+    at_work = min(card.multiprocessors, blocks)
     limits = {
         "bandwidth": far / card.bandwidth + near / card.cache_bandwidth,
-        "latency": reads * tensor_bytes / (in_flight / card.latency),
-        "instructions": instructions / (INSTRUCTIONS_PER_CLOCK * card.clock * card.multiprocessors * warps_at_work),
+        "latency": blocks / resident * max(1.0, launches.chain / max(1, figures["flight"])) * card.latency,
+        "instructions": instructions / (INSTRUCTIONS_PER_CLOCK * card.clock * at_work),
     }
     seconds = sum(limit**POWER for limit in limits.values()) ** (1 / POWER)
     limit = max(limits, key=limits.get) if seconds > SECONDS_PER_LAUNCH else "launch"
-    return Prediction(short, seconds + SECONDS_PER_LAUNCH, limit)
+    return Prediction(short, launches.launches * (seconds + SECONDS_PER_LAUNCH), limit)
 
 
-def launches_of(case, card):
+@functools.cache
+def launches_of(case, architecture):
     """The launches of (forward, backward), each in the order of the kernels' names; the bytes of the input."""
     library = backend.library()
-    library.device(card.emulated, card.multiprocessors)
+    library.device(architecture)
+    library.seed(0)  # the first block
     layer = normops.convert(case.make_layer())
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     x = torch.empty(case.shape, dtype=getattr(torch, case.dtype)).contiguous(memory_format=memory_format)
     passes = []
-    with backend.entered(), library.dry():
+    with backend.entered(), library.sampled():
         library.clear()
         y = layer(x.requires_grad_())
         passes.append(library.report())
@@ -141,13 +135,14 @@ def launches_of(case, card):
         y.backward(torch.empty_like(y))
         passes.append(library.report())
     library.device()
+    library.seed()
     return passes, x.numel() * x.element_size()
 
 
 def predict(case, card, table):
     """(pass, sizes of the input that have to move, those that do, seconds of the floor, launches, bytes of the input,
     kernels) of both passes. The floor moves every byte once, in one launch."""
-    passes, size = launches_of(case, card)
+    passes, size = launches_of(case, card.emulated)
     element = torch.finfo(getattr(torch, case.dtype)).bits // 8
     for name, traffic, ran in zip(("forward", "backward"), TRAFFIC, passes, strict=True):
         warm = any(launches.kernel.split("::")[-1] in ("moments_kernel", "grad_sums_kernel") for launches in ran)
@@ -163,6 +158,7 @@ def main():
     parser.add_argument("--match", default="", help="only cases with this in their name")
     parser.add_argument("--json", type=Path, help="write all of it to this file")
     arguments = parser.parse_args()
+    os.environ["NORMOPS_EMULATOR_VARIANT"] = "counting"
     table, rows = resources.read(), []
     print("**A prediction, made without a card.**\n")
     print("Moved: how often tensors of the input's size go over memory: at the least, here, in torch (assumed).\n")

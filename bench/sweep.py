@@ -241,6 +241,11 @@ def _tensors(point: Point, parameters: int) -> dict[str, Tensor]:
     return tensors
 
 
+def across_channels(norm: Callable[..., Tensor], x: Tensor, **arguments: Any) -> Tensor:
+    """A norm of rows, of the channels at each position."""
+    return norm(x.movedim(1, -1), normalized_shape=x.shape[1:2], **arguments).movedim(-1, 1)
+
+
 def _call(library: Any, point: Point, x: Tensor, weight: Tensor, bias: Tensor | None, *statistics: Tensor) -> Tensor:
     """The layer of the library; of torch, what comes nearest to it."""
     name, eps = point.function, point.eps
@@ -257,7 +262,7 @@ def _call(library: Any, point: Point, x: Tensor, weight: Tensor, bias: Tensor | 
     if name == "channel_layer_norm":
         if library is F:
             return F.channel_layer_norm(x, weight, bias, eps=eps)
-        return library.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, eps).movedim(-1, 1)
+        return across_channels(library.layer_norm, x, weight=weight, bias=bias, eps=eps)
     return library.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulator import backend
+from emulator.library import Launches
 
-from bench import gpu
+from bench import gpu, gpu_model
 from bench.cases import Case
 
 pytestmark = pytest.mark.skipif(not backend.exists(), reason="there are no CUDA kernels")
@@ -131,6 +132,54 @@ def test_hottest(card, monkeypatch):
     monkeypatch.setattr(Case, "make_data", lambda case: (case.shape, None))
     assert gpu.run_hottest() == 0
     assert (8192, 4096) in ran and len(ran) == 8
+
+
+def launches(name, blocks, threads=256, **counted):
+    """One launch, of so many blocks of so many threads."""
+    fields = dict.fromkeys(Launches.__dataclass_fields__, 0) | {"launches": 1, "blocks": blocks, "name": name}
+    return Launches(**(fields | {"threads": blocks * threads} | counted))
+
+
+CARD = gpu_model.Card("", "sm_90", "90", 100, 1e9, 1e12, 1e-6, 4e6, 4e12)
+MOMENTS = "void normops::cuda::moments_kernel<float, (normops::Layout)0, 4>(int)"
+TABLE = {
+    ("moments_kernel<float,contiguous,4>", "90"): {"registers": 64, "flight": 16, "path": 320, "loop": 0},
+    ("merge_kernel<float>", "90"): {"registers": 64, "flight": 4, "path": 100, "loop": 0},
+}
+
+
+def seconds(of, **more):
+    found = gpu_model.predict_kernel(CARD, of, TABLE, **{"tensor_bytes": 1e9, "element_size": 4, "warm": False} | more)
+    return found.seconds - gpu_model.SECONDS_PER_LAUNCH, found.limit
+
+
+def test_a_prediction_is_what_takes_longest():
+    """Bytes at the bandwidth, trips to memory at its latency, instructions at the rate of a clock."""
+    sectors = int(1e9 / gpu_model.SECTOR)
+    # 1 GB at 1e12 bytes a second; four blocks are on a multiprocessor at once, each for one trip.
+    assert seconds(launches(MOMENTS, 400, sectors_read=sectors, chain=16)) == (
+        pytest.approx(1e-3, rel=0.05),
+        "bandwidth",
+    )
+    # Ten blocks in the place of one, ten trips each.
+    latency = seconds(launches(MOMENTS, 4000, sectors_read=1, chain=160), tensor_bytes=1e6)
+    assert latency == (pytest.approx(1e-4, rel=0.01), "latency")
+    # 20 instructions for each of 2.5e8 / 4 vectors, 32 at a time, on one multiprocessor
+    instructions = 20 * 2.5e8 / 4 / 32 / (gpu_model.INSTRUCTIONS_PER_CLOCK * 1e9)
+    assert seconds(launches(MOMENTS, 1, sectors_read=sectors)) == (
+        pytest.approx(instructions, rel=0.01),
+        "instructions",
+    )
+
+
+def test_a_merge_is_trips_to_memory():
+    """What it reads has just been written, and lies in the cache."""
+    assert seconds(launches("void normops::cuda::merge_kernel<float>(int)", 16, chain=40)) == (
+        pytest.approx(1e-5, rel=0.01),
+        "latency",
+    )
+    near, _ = seconds(launches("void normops::cuda::merge_kernel<float>(int)", 16, sectors_read=int(4e9 / 32)))
+    assert near == pytest.approx(1e-3, rel=0.01)
 
 
 @pytest.fixture

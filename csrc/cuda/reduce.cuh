@@ -59,6 +59,7 @@ __device__ __forceinline__ void cluster_sum(A (&terms)[kTerms], A* told) {
   cluster_sync();
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) terms[k] = 0;
+#pragma unroll 1  // unrolling takes registers that kernels do not have
   for (unsigned rank = 0; rank < cluster_size(); ++rank) {
     const A* const theirs = map_shared(told, rank);
 #pragma unroll

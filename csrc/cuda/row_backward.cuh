@@ -132,6 +132,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   using A = Acc<T>;
   constexpr bool kShared = kPlace == RowPlace::kBlockAndShared, kCluster = kPlace == RowPlace::kCluster;
   constexpr int kRows = backward_rows(kSize, kItems, kPlace, kExtras);
+  static_assert(kRows == 1 || !kExtras);
   constexpr bool kWarps = kPlace != RowPlace::kBlock || kExtras || kItems >= backward_many(sizeof(T), kSize);
   NORMOPS_SHARED(A, partial_sums, 2 * 2 * kRows * kWarp);
   NORMOPS_SHARED(A, told_sums, 2 * 2 * kRows);
@@ -145,6 +146,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 
   // Where the sums are in shared memory, and with extras, registers are too few to hold the weight too.
   constexpr bool kHeld = !kShared && !kExtras;
+  // Nor, with many vectors, what the extras read, before it is needed; or, in double, the second of them.
+  constexpr bool kAhead = kExtras && kItems <= 2, kBothAhead = kAhead && sizeof(T) < 8;
   RowVectors<W, kSize, kHeld ? kItems : 1> w;
   if (weight && kHeld) w.load(weight, team, length);
   const auto scaled = [&](int i, int j, const Vector<T, kSize>& dy, A(&g)[kSize]) {
@@ -175,6 +178,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       dy[r].load(from_dy, team, r < rows ? length : 0);
       x[r].load(from_x, team, r < rows ? length : 0);
     }
+    // The output or residual that the activation needs, and the gradient of the sum, which is added to dx.
+    [[maybe_unused]] RowVectors<T, kSize, kAhead ? kItems : 1> other;
+    [[maybe_unused]] RowVectors<T, kSize, kExtras ? kItems : 1> more;
+    const auto there = [&](const Rows<const T>& from) { return from.data && rows > 0 ? length : 0; };
+    const auto start = [&](const Rows<const T>& from) { return from.data + first * from.stride + part.begin; };
+    if constexpr (kAhead) {
+      other.load(start(a.extras.other), team, a.extras.activation ? there(a.extras.other) : 0);
+      if (kBothAhead) more.load(start(a.extras.grad_sum), team, a.dx ? there(a.extras.grad_sum) : 0);
+    }
     // Double arithmetic, which is slow on some devices: of each row by one lane, of which a team has as many.
     const int lane = team.thread % kWarp, own_row = lane % kRows;
     const int64_t row = own_row < rows ? first + own_row : begin;
@@ -185,23 +197,32 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if constexpr (kExtras) {
       if (a.extras.activation) {
         const W* const bias = at(static_cast<const W*>(a.parameters.bias), part.begin);
-        each_row_in_turn<kSize>(
-            team, a.extras.other, first, rows, part.begin, length,
-            [&](int r, int, int j, Vector<T, kSize>& grads, const Vector<T, kSize>& values,
-                const Vector<T, kSize>& other) {
+        [[maybe_unused]] const T* const others = a.extras.other.data ? start(a.extras.other) : nullptr;
+        const auto element = [&](int i) { return (team.thread + i * team.threads) * kSize; };
+        each_in_turn(
+            [&](int i) {
+              if constexpr (kAhead) {
+                return other.items[i];
+              } else {
+                return Vector<T, kSize>::load_if(others && rows > 0 && element(i) < length, others + element(i));
+              }
+            },
+            [&](int i, Vector<T, kSize>& grads, const Vector<T, kSize>& values, const Vector<T, kSize>& added) {
+              const int j = element(i);
+              if (rows < 1 || j >= length) return;
               A w[kSize], b[kSize], z[kSize], gradient[kSize];
               parameter_or(weight, A(1), a.extras.weight_offset, j, w);
               parameter_or(bias, A(0), A(0), j, b);
 #pragma unroll
               for (int k = 0; k < kSize; ++k) {
                 const A made = ((values[k] - c[0].center) * c[0].rstd + c[0].low) * w[k] + b[k];
-                z[k] = a.extras.from_output ? other[k] : made + other[k];
+                z[k] = a.extras.from_output ? added[k] : made + added[k];
               }
               before_activation<T, kSize>(a.extras.activation, a.extras.negative_slope, grads, z, gradient);
               grads = Vector<T, kSize>::of(gradient);
-              if (a.extras.made) grads.store(a.extras.made + (first + r) * a.length + part.begin + j);
+              if (a.extras.made) grads.store(a.extras.made + first * a.length + part.begin + j);
             },
-            [&] { turn<kRows>(c); }, dy, x);
+            dy[0].items, x[0].items);
       }
     }
 
@@ -228,15 +249,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       }
     });
     if (a.dx == nullptr) continue;
-    // The gradient of the sum comes in while the threads add up.
-    [[maybe_unused]] RowVectors<T, kSize, kExtras ? kItems : 1> more[kExtras ? kRows : 1];
-    if constexpr (kExtras) {
-      const Rows<const T>& from = a.extras.grad_sum;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        more[r].load(from.data + (first + r) * from.stride + part.begin, team, from.data && r < rows ? length : 0);
-      }
-    }
+    // Where registers are too few to hold it from the beginning, this comes in while the threads add up.
+    if constexpr (kExtras && !kBothAhead) more.load(start(a.extras.grad_sum), team, there(a.extras.grad_sum));
     // The sums of one turn are read while those of the next are written.
     parity ^= 1;
     sum_row<kWarps, kCluster>(g_sums, team, partial_sums + parity * 2 * kRows * kWarp, told_sums + parity * 2 * kRows);
@@ -257,7 +271,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
           result[k] = g[k] * c[r].rstd + ((x[r].items[i][k] - c[r].center) * slope[r] + shift[r]);
-          if constexpr (kExtras) result[k] += more[r].items[i][k];
+          if constexpr (kExtras) result[k] += more.items[i][k];
         }
         store_rounded<kSize>(dx + (r * a.length + j), result);
       }

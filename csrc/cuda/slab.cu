@@ -69,15 +69,15 @@ LaunchConfig config_of(const Plan& plan, int items, int blocks, size_t shared_by
           unsigned(blocks)};
 }
 
-// Of what is known of each channel of a group, in the types of the arithmetic.
+// Of what is known of each channel, in the types of the arithmetic, and of the lines of a group.
 template <typename A>
 size_t forward_bytes(const Plan& plan) {
-  return plan.group_size > 1 ? 2 * size_t(plan.group_size) * sizeof(A) : 0;
+  return 2 * size_t(plan.group_size) * sizeof(A);
 }
 template <typename A>
 size_t backward_bytes(const Plan& plan, bool epilogue) {
-  const LineUnits units(plan.by_line.divisor());
-  return plan.group_size > 1 ? size_t(plan.group_size) * (2 * units.most + (epilogue ? 2 : 1)) * sizeof(A) : 0;
+  const size_t of_line = plan.group_size > 1 ? 2 * LineUnits(plan.by_line.divisor()).most : 0;
+  return size_t(plan.group_size) * (of_line + (epilogue ? 2 : 1)) * sizeof(A);
 }
 
 }  // namespace

@@ -45,6 +45,7 @@ struct SlabWalk {
   __device__ __forceinline__ bool has(uint32_t thread, int i) const { return begin + thread + i * blockDim.x < end; }
 
   __device__ __forceinline__ bool one_channel() const { return plan.group_size == 1; }
+  __device__ __forceinline__ uint32_t channels() const { return uint32_t(plan.group_size); }
   __device__ __forceinline__ int64_t first_channel() const { return group * plan.group_size; }
 
   __device__ __forceinline__ Place place(uint32_t thread, int i) const {
@@ -62,9 +63,9 @@ struct SlabWalk {
   __device__ __forceinline__ double count() const { return double(slabs.count) * kSize; }
 };
 
-// Dynamic shared memory: scale and shift of every channel, where there are several.
+// Dynamic shared memory: weight and bias of every channel, then scale and shift.
 template <typename T, int kSize, int kItems, bool kEpilogue, bool kCluster>
-__global__ void __launch_bounds__(kSlabThreads, kItems <= 8 && !kEpilogue ? 2 : 1)
+__global__ void __launch_bounds__(kSlabThreads, (kItems <= 8 || kSize * sizeof(T) <= 4) && !kEpilogue ? 2 : 1)
     slab_forward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> x, const ChannelTensor<T> y,
                         const ForwardMerge<Acc<T>> a, const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
@@ -84,6 +85,13 @@ __global__ void __launch_bounds__(kSlabThreads, kItems <= 8 && !kEpilogue ? 2 : 
   for (int i = 0; i < kItems; ++i) {
     const Place place = walk.place(thread, i);
     values[i] = Vector<T, kSize>::load_if(place.there, walk.at(x_start, x.strides, place));
+  }
+  // The parameters come in with x: nobody waits for them later. Those of a channel belong to one thread until scale and
+  // shift are known.
+  const int64_t first = walk.first_channel();
+  for (uint32_t c = threadIdx.x; c < walk.channels(); c += threads) {
+    of_channels[2 * c] = read_as<A>(a.weight, first + c);
+    of_channels[2 * c + 1] = read_as<A>(a.bias, first + c);
   }
   // Here and below, elements are unpacked behind a condition, or they would be kept in registers for the next time.
   A sum[1] = {0};
@@ -121,19 +129,13 @@ __global__ void __launch_bounds__(kSlabThreads, kItems <= 8 && !kEpilogue ? 2 : 
     if (a.running.running[0]) move_running(a.running, 0, walk.slab, mean);
     if (a.running.running[1]) move_running(a.running, 1, walk.slab, variance);
   }
-  const int64_t first = walk.first_channel();
-  A scale = 1, shift = 0;
-  if (walk.one_channel()) {
-    scale = rstd * read_as<A>(a.weight, first);
-    shift = read_as<A>(a.bias, first) - low * scale;
-  } else {
-    for (uint32_t line = threadIdx.x; line < slabs.lines; line += threads) {
-      const A of_line = rstd * read_as<A>(a.weight, first + line);
-      of_channels[2 * line] = of_line;
-      of_channels[2 * line + 1] = read_as<A>(a.bias, first + line) - low * of_line;
-    }
-    __syncthreads();
+  for (uint32_t c = threadIdx.x; c < walk.channels(); c += threads) {
+    const A of_channel = rstd * of_channels[2 * c];
+    of_channels[2 * c] = of_channel;
+    of_channels[2 * c + 1] -= low * of_channel;
   }
+  __syncthreads();
+  A scale = of_channels[0], shift = of_channels[1];
   T* const y_start = walk.start(y);
   thread = this_thread();
   const auto normalize = [&](const Place& place, const Vector<T, kSize>& vector, A(&result)[kSize]) {
@@ -212,8 +214,8 @@ __device__ __forceinline__ bool sum_lines(A (&terms)[2], uint32_t along, uint32_
   return lane == 0 || along == 0;
 }
 
-// Dynamic shared memory, where there are several channels: the sums of every line in every unit, and of every channel
-// the scale and, with an epilogue, the shift of the forward.
+// Dynamic shared memory: of every channel the weight and, with an epilogue, the bias; where there are several, the sums
+// of every line in every unit.
 template <typename T, int kSize, int kItems, bool kEpilogue, bool kCluster>
 __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 && !kEpilogue ? 2 : 1)
     slab_backward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> dy,
@@ -224,12 +226,12 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   NORMOPS_SHARED(A, told, 5);
   NORMOPS_SHARED(double, exact, 2);
   NORMOPS_SHARED(A, told_sums, 2);
-  NORMOPS_DYNAMIC_SHARED(A, of_lines);
+  NORMOPS_DYNAMIC_SHARED(A, parameters);
   const SlabWalk<kSize, kCluster> walk(plan, slabs);
   const int threads = blockDim.x;
   const LineUnits units(plan.by_line.divisor());
-  A* const scales = of_lines + 2 * slabs.lines * units.most;
-  constexpr int kOfScale = kEpilogue ? 2 : 1;  // from a channel's scale to the next
+  constexpr int kEach = kEpilogue ? 2 : 1;  // parameters of a channel
+  A* const of_lines = parameters + kEach * walk.channels();
 
   Vector<T, kSize> grads[kItems], values[kItems];
   const T* const dy_start = walk.start(dy);
@@ -240,6 +242,11 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
     const Place place = walk.place(thread, i);
     grads[i] = Vector<T, kSize>::load_if(place.there, walk.at(dy_start, dy.strides, place));
     values[i] = Vector<T, kSize>::load_if(place.there, walk.at(x_start, x.strides, place));
+  }
+  const int64_t first = walk.first_channel(), row_start = walk.row * plan.columns;
+  for (uint32_t c = threadIdx.x; c < walk.channels(); c += threads) {
+    parameters[kEach * c] = read_as<A>(a.weight, first + c);
+    if constexpr (kEpilogue) parameters[kEach * c + 1] = read_as<A>(epilogue.bias, first + c);
   }
   if (threadIdx.x == 0) {
     const SplitMean<A> split(a.mean[walk.slab]);
@@ -252,17 +259,13 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   __syncthreads();
   const A center = told[0], low = told[1], rstd = told[2];
 
-  const int64_t first = walk.first_channel(), row_start = walk.row * plan.columns;
   if constexpr (kEpilogue) {
-    const auto shift_of = [&](int64_t channel, A scale) { return read_as<A>(epilogue.bias, channel) - low * scale; };
-    A forward_scale = rstd * read_as<A>(a.weight, first), forward_shift = shift_of(first, forward_scale);
-    if (!walk.one_channel()) {
-      for (uint32_t line = threadIdx.x; line < slabs.lines; line += threads) {
-        scales[2 * line] = rstd * read_as<A>(a.weight, first + line);
-        scales[2 * line + 1] = shift_of(first + line, scales[2 * line]);
-      }
-      __syncthreads();
-    }
+    A forward_scale, forward_shift;
+    const auto read_channel = [&](uint32_t c) {
+      forward_scale = rstd * parameters[kEach * c];
+      forward_shift = parameters[kEach * c + 1] - low * forward_scale;
+    };
+    read_channel(0);
     const T* const other_start = walk.start(epilogue.other);
     T* const dresidual_start = walk.start(epilogue.dresidual);
     thread = this_thread();
@@ -276,10 +279,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
         [&](int i, Vector<T, kSize>& grad, const Vector<T, kSize>& value, const Vector<T, kSize>& other) {
           const Place place = walk.place(thread, i);
           if (!place.there) return;
-          if (!walk.one_channel()) {
-            forward_scale = scales[2 * place.line];
-            forward_shift = scales[2 * place.line + 1];
-          }
+          if (!walk.one_channel()) read_channel(place.line);
           A z[kSize], gradient[kSize];
 #pragma unroll
           for (int k = 0; k < kSize; ++k) {
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
         grads, values);
   }
   // What a channel's sums of dy and dy * (x - center) mean to the parameters; g and g * xhat are left in the sums.
-  const auto finish = [&](uint32_t line, A(&sums)[2], A weight) {
+  const auto finish = [&](uint32_t line, A(&sums)[2]) {
     const A dy_xhat = (sums[1] - low * sums[0]) * rstd;
     const int64_t channel = first + line;
     if (kCluster && !walk.speaks()) {
@@ -304,10 +304,10 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
       if (a.dweight) write_as(a.dweight, channel, dy_xhat);
       if (a.dbias) write_as(a.dbias, channel, sums[0]);
     }
-    sums[0] *= weight;
-    sums[1] = dy_xhat * weight;
+    sums[0] *= parameters[kEach * line];
+    sums[1] = dy_xhat * parameters[kEach * line];
   };
-  A group_sums[2] = {0, 0}, scale = 0;
+  A group_sums[2] = {0, 0};
   thread = this_thread();
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -335,9 +335,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   if (kCluster || walk.one_channel()) {
     block_sum(group_sums, threads, shared);
     if constexpr (kCluster) cluster_sum(group_sums, told_sums);
-    const A weight = read_as<A>(a.weight, first);
-    scale = rstd * weight;
-    if (threadIdx.x == 0) finish(0, group_sums, weight);
+    if (threadIdx.x == 0) finish(0, group_sums);
   } else {
     __syncthreads();
     for (uint32_t line = threadIdx.x; line < slabs.lines; line += threads) {
@@ -349,9 +347,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
         line_dy_x += slots[2 * u + 1];
       }
       A sums[2] = {A(line_dy), A(line_dy_x)};
-      const A weight = read_as<A>(a.weight, first + line);
-      scales[kOfScale * line] = rstd * weight;
-      finish(line, sums, weight);
+      finish(line, sums);
       group_sums[0] += sums[0];
       group_sums[1] += sums[1];
     }
@@ -368,12 +364,13 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   __syncthreads();
   const A slope = told[3], shift = told[4];
   T* const dx_start = walk.start(dx);
+  A scale = rstd * parameters[0];
   thread = this_thread();
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const Place place = walk.place(thread, i);
     if (!place.there) continue;
-    if (!kCluster && !walk.one_channel()) scale = scales[kOfScale * place.line];
+    if (!kCluster && !walk.one_channel()) scale = rstd * parameters[kEach * place.line];
     A result[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) result[k] = grads[i][k] * scale + ((values[i][k] - center) * slope + shift);

@@ -83,6 +83,11 @@ struct Words<c10::Half> : HalfWords<c10::Half> {
   }
 };
 
+#ifdef NORMOPS_EMULATED
+// One access to g++ too, which would take one for each word: the emulator counts them.
+using FourWords = uint32_t __attribute__((vector_size(kVectorBytes), may_alias));
+#endif
+
 template <typename T, int kSize>
 struct Vector {
   static constexpr int kBytes = int(sizeof(T)) * kSize;
@@ -98,8 +103,14 @@ struct Vector {
     if constexpr (kWide) {
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
-        const uint4 four = *reinterpret_cast<const uint4*>(from + i * 4 / int(sizeof(T)));
+        const T* const part = from + i * 4 / int(sizeof(T));
+#ifdef NORMOPS_EMULATED
+        const FourWords four = *reinterpret_cast<const volatile FourWords*>(part);
+        for (int k = 0; k < 4; ++k) v.words[i + k] = four[k];
+#else
+        const uint4 four = *reinterpret_cast<const uint4*>(part);
         v.words[i] = four.x, v.words[i + 1] = four.y, v.words[i + 2] = four.z, v.words[i + 3] = four.w;
+#endif
       }
     } else {
       static_assert(kSize == 1);
@@ -130,7 +141,8 @@ struct Vector {
       for (int i = 0; i < kWords; i += 4) {
         T* const part = to + i * 4 / int(sizeof(T));
 #ifdef NORMOPS_EMULATED
-        *reinterpret_cast<uint4*>(part) = {words[i], words[i + 1], words[i + 2], words[i + 3]};
+        const FourWords four = {words[i], words[i + 1], words[i + 2], words[i + 3]};
+        *reinterpret_cast<volatile FourWords*>(part) = four;
 #else
         asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(part)), "r"(words[i]),
                      "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])

@@ -1,7 +1,8 @@
 """Registers, spills and shared memory of every CUDA kernel, and what its machine code says of its speed (sass.py).
 
 ``python tests/cuda/resources.py build`` compares them with the table beside this file and fails, naming the kernel, if
-one got worse; ``--update`` writes anew what the table has of the architectures that were compiled.
+one got worse, or is not as good as all have to be; ``--update`` writes anew what the table has of the architectures
+that were compiled.
 """
 
 import argparse
@@ -13,13 +14,17 @@ from pathlib import Path
 import sass
 
 TABLE = Path(__file__).with_suffix(".txt")
+TRAFFIC = TABLE.with_name("traffic.txt")  # which tests/emulator/traffic_table.py writes
 FIELDS = ["registers", "spilled", "stack", "shared"]  # bytes, but for the registers
-READ = ["80", "90"]  # architectures whose machine code is read
+READ = ["80", "90", "100"]  # architectures whose machine code is read
 
 # What is worse: less or more of it, and by which factor before it counts.
 LESS = {"blocks": 1, "flight": 1}
 MORE = {"spilled": 1, "waits": 1, "narrow": 1, "divisions": 1, "fp64": 1, "instructions": 1.05}
 
+# What is asked of all kernels that move vectors: loads under way, fewer of which leave memory idle; and, of a warp,
+# instructions for a vector, more of which take longer than its bytes.
+FLIGHT, FLIGHT_OF_ROWS, INSTRUCTIONS = 4, 8, 90
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -32,6 +37,62 @@ def short(name):
     for number, place in enumerate(("block", "shared", "cluster")):
         name = name.replace(f"(RowPlace){number}", place)
     return re.sub(r"\([^()]*(?:\([^()]*\)[^()]*)*\)$", "", name).replace(", ", ",")
+
+
+def passes():
+    """Kernel -> (reads, writes, reads of what a kernel before it has read), in sizes of the input; without merges."""
+    _, *lines = TRAFFIC.read_text().splitlines()
+    found = {name: tuple(map(float, figures)) for name, *figures in map(str.split, lines)}
+    return {name: figures for name, figures in found.items() if figures[0]}
+
+
+def parts(name):
+    """The kernel, and its template arguments."""
+    kernel, _, rest = name.partition("_kernel")
+    return kernel, rest.strip("<>").split(",")
+
+
+def vector_size(kernel, arguments):
+    """Elements of its vectors."""
+    return int(arguments[1 if kernel.startswith(("slab", "long")) else 2])
+
+
+def vectors_of_thread(kernel, arguments):
+    """Vectors of each tensor that the listed instructions handle: an unrolled loop over memory."""
+    if kernel.startswith("slab"):
+        return int(arguments[2])
+    if kernel.startswith("row"):
+        several = {"row_forward": 8, "row_backward": 4}[kernel]  # in short rows, of several
+        return max(int(arguments[3]), several if arguments[2] != "1" else 0)
+    return 16
+
+
+def fused(kernel, arguments):
+    """Whether it is a variant with an epilogue, whose vectors take turns in a loop."""
+    return arguments[3 if kernel.startswith("slab") else -1] == "true"
+
+
+def shortcomings(found):
+    """Where kernels are not what all have to be, a sentence for each."""
+    tensors = passes()
+    for (name, arch), fields in found.items():
+        kernel, arguments = parts(name)
+        most = {"spilled": 0, "divisions": 0}
+        least = {}
+        if kernel in tensors and vector_size(kernel, arguments) > 1:
+            least["flight"] = FLIGHT_OF_ROWS if kernel.startswith(("row", "moments")) else FLIGHT
+            vectors = vectors_of_thread(kernel, arguments)
+            if kernel in ("moments", "apply"):
+                # Weights and biases of positions, in the type of the arithmetic, are four more vectors for one of x.
+                most["path"] = INSTRUCTIONS * vectors * (5 if kernel == "apply" and arguments[3] == "true" else 1)
+            if not fused(kernel, arguments):  # as many as vectors: none of them is taken in parts
+                least["wide"] = int(sum(tensors[kernel][:2])) * vectors
+        for field, limit in most.items():
+            if fields.get(field, 0) > limit:
+                yield f"{name} for sm_{arch}: {field} {fields[field]}, {limit} at most"
+        for field, limit in least.items():
+            if fields.get(field, limit) < limit:
+                yield f"{name} for sm_{arch}: {field} {fields[field]}, {limit} at least"
 
 
 def resources(logs):
@@ -112,14 +173,16 @@ def main():
     if arguments.update:
         others = {key: fields for key, fields in read().items() if key[1] not in compiled}
         write(others | found, TABLE)
-    worse = list(problems(found, read()))
+    worse, short_of = list(problems(found, read())), list(shortcomings(found))
     spilling = [key for key, fields in found.items() if fields["spilled"]]
     architectures = sorted(compiled, key=lambda arch: int(re.sub(r"\D", "", arch)))
     kernels, most = len({name for name, _ in found}), max(fields["registers"] for fields in found.values())
     where = ", ".join(f"sm_{arch}" for arch in architectures)
     print(f"{kernels} kernels for {where}: at most {most} registers, {len(spilling)} of {len(found)} spill")
     if worse:
-        sys.exit("\n".join([*worse, f"if that is as it should be: {Path(__file__).name} --update"]))
+        worse.append(f"if that is as it should be: {Path(__file__).name} --update")
+    if worse or short_of:
+        sys.exit("\n".join([*short_of, *worse]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ FIELDS = ["blocks", "flight", "waits", "wide", "narrow", "instructions", "path",
 
 REGISTERS, THREADS = 65536, {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
 KERNEL, LINE = re.compile(r"Function : (\S+)"), re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.+?)\s*;")
+# Of global memory: what is said to be, and what is not but 16 bytes, which nobody reads from other blocks of a cluster.
+LOADS, STORES = ("LDG", "LD.E.128"), ("STG", "ST.E.128")
 REGISTER = re.compile(r"\bR(\d+)\b(\.64)?")
 
 
@@ -77,7 +79,7 @@ def loads(instructions):
         if needed and needed[-1] > arrived:
             waits, arrived = waits + 1, number
         under_way = [(issued, registers) for issued, registers in under_way if issued not in needed]
-        if operation.startswith("LDG") and written:
+        if operation.startswith(LOADS) and written:
             under_way.append((number, written))
             most = max(most, len(under_way))
     return most, waits
@@ -96,7 +98,8 @@ def path(listed):
     while number < len(listed):
         instruction = listed[number][1]
         way.append(number)
-        target, conditional = _target(instruction, places), instruction.startswith("@")
+        target = _target(instruction, places)
+        conditional = instruction.startswith("@") or re.search(r"\bBRA\S* !?UP\d, ", instruction)
         if _operation(instruction).startswith("EXIT") and not conditional:
             break
         number += 1
@@ -114,7 +117,7 @@ def longest_loop(listed):
         target = _target(instruction, places)
         if target is None or target >= number or (longest and number - target <= longest[1] - longest[0]):
             continue
-        if any(re.search(r"LDG\S*\.128", other) for _, other in listed[target:number]):
+        if any(re.search(r"\bLDG?\.\S*128", other) for _, other in listed[target:number]):
             longest = target, number
     return longest
 
@@ -123,7 +126,7 @@ def figures(listed):
     instructions = [instruction for _, instruction in listed if not instruction.startswith("NOP")]
     way, loop = path(listed), longest_loop(listed)
     operations = list(map(_operation, instructions))
-    memory = [operation for operation in operations if operation.startswith(("LDG", "STG"))]
+    memory = [operation for operation in operations if operation.startswith((*LOADS, *STORES))]
     wide = sum(".128" in operation for operation in memory)
     double = ("DADD", "DMUL", "DFMA", "DSETP", "MUFU.RCP64H", "MUFU.RSQ64H")
     flight, waits = loads(instructions)

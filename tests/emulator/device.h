@@ -51,6 +51,8 @@ struct Settings {
   uint64_t seed = std::stoull(environment("NORMOPS_EMULATOR_SEED", "1"));
   // Launches are checked and counted, and nothing is run.
   bool dry = false;
+  // Of a launch one block (or cluster) is run, and counted for all of them; results are good for nothing.
+  bool sample = false;
 };
 
 inline Settings& settings() {
@@ -71,6 +73,18 @@ struct Kernel {
   std::map<cudaFuncAttribute, int> attributes;
   int64_t launches = 0, blocks = 0, threads = 0, barriers = 0, exchanges = 0;
   Traffic traffic;
+
+  // What was counted since `before` counts so many times; but for the chain, which is a thread's.
+  void repeat(const Kernel& before, int64_t times) {
+    for (const auto count : {&Kernel::blocks, &Kernel::threads, &Kernel::barriers, &Kernel::exchanges}) {
+      this->*count += (this->*count - before.*count) * (times - 1);
+    }
+    for (const auto count :
+         {&Traffic::read, &Traffic::written, &Traffic::sectors_read, &Traffic::sectors_written, &Traffic::distinct_read,
+          &Traffic::distinct_written, &Traffic::shared, &Traffic::conflicts}) {
+      traffic.*count += (traffic.*count - before.traffic.*count) * (times - 1);
+    }
+  }
 
   int attribute(cudaFuncAttribute name, int otherwise) const {
     const auto found = attributes.find(name);

@@ -302,13 +302,16 @@ void run(const void* kernel, const cuda::LaunchConfig& config, void (*body)(void
   const uint64_t blocks = volume(config.grid), together = config.cooperative ? blocks : config.cluster;
   std::vector<uint64_t> order(blocks / together);
   std::iota(order.begin(), order.end(), 0);
-  for (size_t i = 0; i < order.size(); ++i) {
+  const size_t wanted = settings().sample ? std::min<size_t>(1, order.size()) : order.size();
+  const Kernel before = launch.counts;
+  for (size_t i = 0; i < wanted; ++i) {
     std::swap(order[i], order[i + launch.draw(order.size() - i)]);
     set_up(launch, order[i] * together, together);
     run_threads(launch);
     tear_down(launch);
   }
   end_of_launch(launch.counts.traffic);
+  if (wanted < order.size()) launch.counts.repeat(before, int64_t(order.size()));
   ++launch.counts.launches;
 }
 

@@ -54,6 +54,7 @@ void normops_emulator_device(const char* name, int multiprocessors) {
 }
 
 void normops_emulator_dry(bool dry) { normops::emulator::settings().dry = dry; }
+void normops_emulator_sample(bool sample) { normops::emulator::settings().sample = sample; }
 
 // Counts begin at 0 again.
 void normops_emulator_clear() {

@@ -52,6 +52,7 @@ class Library:
         self.functions.normops_emulator_seed.argtypes = [ctypes.c_uint64]
         self.functions.normops_emulator_device.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self.functions.normops_emulator_dry.argtypes = [ctypes.c_bool]
+        self.functions.normops_emulator_sample.argtypes = [ctypes.c_bool]
         self.functions.normops_emulator_report.restype = ctypes.c_char_p
         self.functions.normops_emulator_moved.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
         self.functions.normops_emulator_moved.restype = ctypes.c_char_p
@@ -88,11 +89,19 @@ class Library:
         """Counts begin at 0 again."""
         self.functions.normops_emulator_clear()
 
-    @contextlib.contextmanager
     def dry(self):
         """Within, launches are checked and counted, and nothing is run: outputs are left as they were allocated."""
-        self.functions.normops_emulator_dry(True)
-        try:
-            yield
-        finally:
-            self.functions.normops_emulator_dry(False)
+        return _on(self.functions.normops_emulator_dry)
+
+    def sampled(self):
+        """Within, one block (or cluster) of a launch is run, and counted for all: outputs mean nothing."""
+        return _on(self.functions.normops_emulator_sample)
+
+
+@contextlib.contextmanager
+def _on(switch):
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)

@@ -1,5 +1,7 @@
 """The layers on emulated kernels: what does not follow from running their tests on the device ``emulated``."""
 
+import contextlib
+
 import pytest
 import torch
 from cases import CASES, SHAPE, each_case
@@ -94,6 +96,20 @@ def count_launches(layer, x):
                 torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
             counts.append(sum(launches.launches for launches in library.report()))
     return counts
+
+
+def test_a_sample_counts_for_all():
+    """Of each launch one block, or the blocks of one cluster; all of them do the same here."""
+    library, counts = backend.library(), []
+    for shape in ((64, 256), (2, 81920)):
+        for context in (contextlib.nullcontext, library.sampled):
+            with backend.entered(), context():
+                library.clear()
+                normops.functional.layer_norm(torch.randn(shape), shape[-1:])
+                counts.append(library.report())
+    block, of_blocks, cluster, of_clusters = counts
+    assert block == of_blocks and cluster == of_clusters
+    assert block[0].blocks > block[0].launches and block[0].barriers + block[0].exchanges > 0
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -251,12 +251,6 @@ def record_text(record):
     return "".join(" ".join(f"{cell:<18}" for cell in line).rstrip() + "\n" for line in lines)
 
 
-def passes():
-    """Kernel -> (reads, writes, reads of what a kernel before it has read), in sizes of the input, as recorded."""
-    _, *lines = RECORD.read_text().splitlines()
-    return {name: tuple(map(float, figures)) for name, *figures in map(str.split, lines)}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write the table and the record anew")

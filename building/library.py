@@ -92,7 +92,7 @@ def _units(csrc, cuda):
     units = {"operators": [], "autograd": [], "python": []}
     for source in sorted(csrc.rglob("*.cpp")):
         path = source.relative_to(csrc)
-        if str(path) in KERNELS or path.parts[0] == "cuda" and not cuda:
+        if str(path) in KERNELS or (path.parts[0] == "cuda" and not cuda):
             continue
         python = path.name in ("module.cpp", "python_calls.cpp")
         units["python" if python else "autograd" if path.parts[0] == "autograd" else "operators"].append(source)

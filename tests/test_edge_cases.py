@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES, each, each_case, each_channel_case, each_dtype, each_row_case
-from comparison import check
+from comparison import check, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, each_memory_format, in_order
@@ -166,6 +166,38 @@ def test_small_planes(case, layout, shape, device):
 def test_blocks_of_rows(case, rows, device):
     """Gradients of parameters are summed in blocks of rows."""
     check(case.sample((rows, 1, 3, 5), device=device))
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "first"),
+    [
+        pytest.param(["layer_norm_1d", "rms_norm_1d"], (1, 1, 100 * 4096), (..., slice(4096)), id="chunks of rows"),
+        pytest.param(["layer_norm_1d", "rms_norm_1d"], (40 * 256, 1, 4), slice(256), id="blocks of rows"),
+        pytest.param(["instance_norm"], (1, 2, 16 * 2048), (..., slice(2048)), id="chunks of lines"),
+        pytest.param(["instance_norm", "group_norm_1"], (40, 2, 64), 0, id="samples"),
+        pytest.param(["batch_norm_training"], (40, 2, 300), 0, id="segments"),
+        pytest.param(["batch_norm_training"], (64, 70, 16, 16), 0, id="segments of channels_last"),
+    ],
+)
+def test_totals_in_double(names, shape, first):
+    """What has been summed in float goes on in double, to the end.
+
+    After a first part with elements of one size, and squares, those of the others come to less than half of the total's
+    last digit in float: they would all be lost, and are some ten of its digits together. Equal elements are summed
+    without a rounding, so the tolerance has none for sums.
+    """
+    small = 15 * 2.0**-16  # whose square is 0.88 of half a digit of one
+    grad = torch.full(shape, small**2)
+    x = torch.full(shape, small)
+    grad[first] = x[first] = 1
+    x[..., ::2] *= -1
+    if len(shape) == 4:
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    for case in CASES:
+        if case.name in names:
+            sample = case.sample(shape).with_input(x)
+            sample.fixed["eps"] = 1e-12
+            check(sample, grad, allowed=tolerance(torch.float32, torch.float32, terms=0))
 
 
 @pytest.mark.parametrize("samples", [2, 255, 1000])

@@ -21,7 +21,8 @@ at::Tensor as_flags(const OptionalTensor& mask, const at::Tensor& input) {
               "normops: expected a mask of bools for each position of input (", input.sizes(), "), got ",
               mask->scalar_type(), " of shape ", mask->sizes());
   const at::Tensor flags = mask->contiguous();
-  const bool masks = std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel()) != nullptr;
+  // Nothing has no address, which memchr may not be given.
+  const bool masks = flags.numel() > 0 && std::memchr(flags.const_data_ptr<bool>(), 0, flags.numel()) != nullptr;
   return masks ? flags : at::Tensor();
 }
 

@@ -44,6 +44,29 @@ struct Marked {
   const Acc<T>* words;
 };
 
+// The first elements of a register, and zeros. Some of at::vec are loads and stores with masks, behind which sanitizers
+// do not look: for these, one by one.
+template <typename T>
+NORMOPS_INLINE at::vec::Vectorized<T> load_tail(const T* source, int64_t count) {
+#ifdef NORMOPS_SANITIZED
+  T whole[at::vec::Vectorized<T>::size()] = {};
+  std::copy_n(source, count, whole);
+  return at::vec::Vectorized<T>::loadu(whole);
+#else
+  return at::vec::Vectorized<T>::loadu(source, count);
+#endif
+}
+template <typename T>
+NORMOPS_INLINE void store_tail(const at::vec::Vectorized<T>& elements, T* target, int64_t count) {
+#ifdef NORMOPS_SANITIZED
+  T whole[at::vec::Vectorized<T>::size()];
+  elements.store(whole);
+  std::copy_n(whole, count, target);
+#else
+  elements.store(target, count);
+#endif
+}
+
 // Which elements of a line the lanes of a register's worth of T hold: one vector for float and double, two for 16-bit
 // types. They are in memory order, but for bfloat16 in the order in which it is cheapest to take apart (narrow.h).
 template <typename T>
@@ -90,7 +113,7 @@ struct Pack : PackOrder<T> {
       if constexpr (std::is_same_v<Lanes, Full>)
         return at::vec::Vectorized<T>::loadu(source);
       else
-        return at::vec::Vectorized<T>::loadu(source, lanes.count);
+        return load_tail(source, lanes.count);
     }();
     Pack result;
     if constexpr (kParts == 1)
@@ -116,7 +139,7 @@ struct Pack : PackOrder<T> {
     if constexpr (std::is_same_v<Lanes, Full>)
       elements.store(target);
     else
-      elements.store(target, lanes.count);
+      store_tail(elements, target, lanes.count);
   }
 
   // A whole pack of an array in pack order.

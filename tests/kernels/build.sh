@@ -13,7 +13,7 @@ folder=build/kernels/$kind
 mkdir -p "$folder"
 read -r include library <<< "$($python -c 'from torch.utils.cpp_extension import include_paths, library_paths
 print(include_paths()[0], library_paths()[0])')"
-# AVX2, whose tails are plain loads and stores; sanitizers do not see those with masks.
+# With NORMOPS_SANITIZED, tails are plain loads and stores; sanitizers do not see those with masks.
 flags=(-std=c++20 -O1 -g1 -fno-math-errno -Wno-psabi -mavx2 -mfma -mf16c)
 flags+=(-DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DAT_PER_OPERATOR_HEADERS -DNORMOPS_SANITIZED "-isystem$include")
 case $kind in

@@ -44,6 +44,22 @@ FAULTS = [
         "test_channel_norms.py test_backward.py -k 'not emulated'",
     ),
     Fault(
+        "samples_in_float",
+        "sum in float",
+        "csrc/cpu/channel.cpp",
+        "        double sum = 0;\n",
+        "        A sum = 0;\n",
+        "test_edge_cases.py -k 'totals'",
+    ),
+    Fault(
+        "segments_in_float",
+        "sum in float",
+        "csrc/cpu/channel.cpp",
+        "sum_dy[first * C + c] += sum_dy[k * C + c];",
+        "sum_dy[first * C + c] = A(sum_dy[first * C + c] + sum_dy[k * C + c]);",
+        "test_edge_cases.py -k 'totals'",
+    ),
+    Fault(
         "masked_residual_gradient",
         "mask",
         "csrc/cpu/channel_operators.cpp",

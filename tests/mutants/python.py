@@ -105,7 +105,7 @@ FAULTS = [
         "normops/registry.py",
         "(1e-3, 1.0, 30.0))",
         "(1.0, 30.0))",
-        "test_registry.py -k 'wrong_forward'",
+        "test_registry.py -k 'does_not_fit'",
     ),
     Fault(
         "summand_of_another_shape",

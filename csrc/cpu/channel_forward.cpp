@@ -22,7 +22,7 @@ NORMOPS_KERNEL moments_of(const Tile& tile, Lines<const T> x, double* mean, doub
     double* const block_mean = mean + block.first;
     double* const block_m2 = m2 + block.first;
     alignas(64) A center[kBlock];
-    if constexpr (Which::kAll) {
+    if (valid.all()) {
       // The first guess: the mean of a few lines from all over the tile.
       constexpr int64_t kFew = 8;
       const int64_t few = std::min(kFew, block.whole_lines()), step = block.whole_lines() / few;

@@ -184,7 +184,7 @@ NORMOPS_INLINE void add_deviations(const T* x, Lanes lanes, Acc<T> guess, Pack<T
 
 // Which elements of lines count: all of them. What else there is: SomeValid in tiles.h.
 struct AllValid {
-  static constexpr bool kAll = true;
+  static constexpr bool all() { return true; }
 
   template <typename Lanes>
   NORMOPS_INLINE Lanes lanes(int64_t, int64_t, Lanes lanes) const {
@@ -230,14 +230,13 @@ NORMOPS_INLINE Acc<T> mean_of_four(const T* const (&x)[4]) {
 template <typename T, typename Which>
 NORMOPS_KERNEL moments_along(const T* x, int64_t length, double* mean, double* m2, const Which& valid) {
   const auto first_guess = [&] {
-    if constexpr (Which::kAll) {
+    if (valid.all()) {
       const int64_t few = std::min(Pack<T>::kSize, length);
       return Pack<T>::load(x, Tail{few}).sum() / Acc<T>(few);
-    } else {
-      const T* places[4];
-      for (int i = 0; i < 4; ++i) places[i] = x + valid.few(i, {}).offset;
-      return mean_of_four(places);
     }
+    const T* places[4];
+    for (int i = 0; i < 4; ++i) places[i] = x + valid.few(i, {}).offset;
+    return mean_of_four(places);
   };
   int64_t before = 0;
   for (int64_t begin = 0; begin < length; begin += kChunk) {

@@ -165,6 +165,7 @@ struct Pack : PackOrder<T> {
 
   // Zero, whatever it was, where a word has no bit set.
   NORMOPS_INLINE Pack masked_by(const A* words) const {
+    if (NORMOPS_PLAIN && !words) return *this;  // SomeValid in tiles.h
     Pack result;
     for (int i = 0; i < kParts; ++i) result.part[i] = part[i] & Vec::loadu(words + i * kLanes);
     return result;

@@ -172,19 +172,22 @@ NORMOPS_KERNEL pack_valid(const Tile& tile, const bool* flags, Acc<T>* words) {
   }
 }
 
-// Those elements that a tile's words say.
+// Those elements that a tile's words say. The set without vector instructions asks at each pack whether there are
+// words, so that its kernels need not be compiled twice.
 template <typename T>
 class SomeValid {
  public:
-  static constexpr bool kAll = false;
-
   explicit SomeValid(const Tile& tile)
-      : valid_(*tile.valid),
-        words_(static_cast<const Acc<T>*>(valid_.words)),
-        stride_(tile.layout == Layout::kContiguous ? 0 : valid_.row) {}
+      : valid_(tile.valid),
+        words_(valid_ ? static_cast<const Acc<T>*>(valid_->words) : nullptr),
+        stride_(!valid_ || tile.layout == Layout::kContiguous ? 0 : valid_->row) {}
+
+  NORMOPS_INLINE bool all() const { return NORMOPS_PLAIN && !valid_; }
 
   // Of a line, or of a run at a position.
-  NORMOPS_INLINE const Acc<T>* words(int64_t line, int64_t j) const { return words_ + line * stride_ + j; }
+  NORMOPS_INLINE const Acc<T>* words(int64_t line, int64_t j) const {
+    return all() ? nullptr : words_ + line * stride_ + j;
+  }
   template <typename Lanes>
   NORMOPS_INLINE Marked<T, Lanes> lanes(int64_t line, int64_t j, Lanes lanes) const {
     return {lanes, words(line, j)};
@@ -192,11 +195,12 @@ class SomeValid {
   NORMOPS_INLINE Pack<T> clear(const Pack<T>& values, int64_t line, int64_t j) const {
     return values.masked_by(words(line, j));
   }
-  NORMOPS_INLINE int64_t count(int64_t) const { return valid_.count; }
-  NORMOPS_INLINE int64_t count(int64_t begin, int64_t) const {
-    return valid_.counts ? valid_.counts[begin / kChunk] : valid_.count;
+  NORMOPS_INLINE int64_t count(int64_t whole) const { return all() ? whole : valid_->count; }
+  NORMOPS_INLINE int64_t count(int64_t begin, int64_t size) const {
+    if (all()) return size;
+    return valid_->counts ? valid_->counts[begin / kChunk] : valid_->count;
   }
-  NORMOPS_INLINE Place few(int i, const Place&) const { return valid_.few[i]; }
+  NORMOPS_INLINE Place few(int i, const Place& otherwise) const { return all() ? otherwise : valid_->few[i]; }
 
   // The same along the lines of a block, where words are fewer than a line.
   class OfBlocks {
@@ -206,7 +210,7 @@ class SomeValid {
       for (int64_t j = 0; j < length; j += Pack<T>::kSize) {
         phases_[j / Pack<T>::kSize] = static_cast<int32_t>(phase);
         phase += Pack<T>::kSize;
-        if (phase == base.valid_.row) phase = 0;
+        if (!base.all() && phase == base.valid_->row) phase = 0;
       }
     }
     template <typename Lanes>
@@ -224,7 +228,7 @@ class SomeValid {
   OfBlocks of_blocks(int64_t length) const { return {*this, length}; }
 
  private:
-  const Valid& valid_;
+  const Valid* const valid_;
   const Acc<T>* const words_;
   const int64_t stride_;
 };
@@ -232,7 +236,7 @@ class SomeValid {
 // f(what of the tile is valid)
 template <typename T, typename F>
 NORMOPS_INLINE void with_valid(const Tile& tile, const F& f) {
-  if (tile.valid)
+  if (tile.valid || NORMOPS_PLAIN)
     f(SomeValid<T>(tile));
   else
     f(AllValid{});

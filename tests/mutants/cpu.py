@@ -127,8 +127,8 @@ FAULTS = [
         "chunks_of_moments_in_float",
         "sum in float",
         "csrc/cpu/lines.h",
-        "MomentsMerge(begin, n)(*mean, *m2, chunk_mean, chunk_m2);",
-        "MomentsMerge(begin, n)(*mean, *m2, chunk_mean, chunk_m2), *m2 = Acc<T>(*m2);",
+        "MomentsMerge(before, n)(*mean, *m2, chunk_mean, chunk_m2);",
+        "MomentsMerge(before, n)(*mean, *m2, chunk_mean, chunk_m2), *m2 = Acc<T>(*m2);",
         "test_edge_cases.py -k 'totals'",
     ),
     Fault(

@@ -103,8 +103,8 @@ FAULTS = [
         "valid_of_every_chunk",
         "wrong count",
         "csrc/cpu/tiles.h",
-        "return valid_.counts ? valid_.counts[begin / kChunk] : valid_.count;",
-        "return valid_.count;",
+        "return valid_->counts ? valid_->counts[begin / kChunk] : valid_->count;",
+        "return valid_->count;",
         "test_masks.py -k 'test_shapes and 9001 and not emulated'",
     ),
     Fault(

@@ -7,8 +7,8 @@ FAULTS = [
         "barrier_of_slab_coefficients",
         "missing barrier",
         "csrc/cuda/slab_kernels.cuh",
-        "(a.bias, first + line) - low * of_line;\n    }\n    __syncthreads();\n",
-        "(a.bias, first + line) - low * of_line;\n    }\n",
+        "-= low * of_channel;\n  }\n  __syncthreads();\n",
+        "-= low * of_channel;\n  }\n",
         "test_forward.py test_edge_cases.py -k 'group_norm and emulated'",
     ),
     Fault(

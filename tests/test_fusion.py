@@ -76,7 +76,8 @@ def test_functions_are_exact_to_rounding(activation, dtype):
     scale = exact.abs().clamp(min=1) if activation == "elu" else exact.abs()
     assert ((value - expected).abs() <= 2 * unit * scale).all()
     derivative, expected = (torch.autograd.grad(y.sum(), x)[0] for y, x in ((value, z), (expected, exact)))
-    near = (exact.abs() < 1e4) & (exact.abs() != 3)  # beyond, the reference itself has infinite terms; corners
+    corner = torch.isin(exact.abs(), exact.new_tensor([0, 3, 6]))
+    near = (exact.abs() < 1e4) & ~corner  # beyond, the reference itself has infinite terms
     units = 8 if activation == "gelu_tanh" else 2
     assert ((derivative - expected).abs() <= units * unit * exact.abs().clamp(1, 30))[near].all()
 

@@ -8,8 +8,8 @@ namespace normops {
 namespace {
 
 // Segments of a channels_last input are short enough to be shared among threads, within limits that keep float sums
-// exact and the cost of merging small, and where lines are long they come in fours, so that few of them make equal
-// shares; a channel's positions are split only when they are very many.
+// exact and cheap the guess at the mean, the sums and the merge that each of them takes. Where lines are long they come
+// in fours, so that few of them make equal shares; a channel's positions are split only when they are very many.
 constexpr int64_t kSegmentBytes = 256 * 1024;
 constexpr int64_t kFewestLines = 32, kMostLines = 256;
 constexpr int64_t kEqualShares = 4;
@@ -156,7 +156,9 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
                          ? kContiguousSegment
                          : std::clamp(kSegmentBytes / line_bytes, kFewestLines, kMostLines * positions_per_line);
   if (g.layout == Layout::kChannelsLast && positions_per_line == 1 && g.positions > g.segment_length) {
-    const int64_t shares = (g.segments_per_sample() + kEqualShares - 1) / kEqualShares * kEqualShares;
+    const int64_t wanted = (g.segments_per_sample() + kEqualShares - 1) / kEqualShares * kEqualShares;
+    const int64_t most = std::max<int64_t>(1, g.positions / kFewestLines);
+    const int64_t shares = std::min(wanted, most < kEqualShares ? most : most / kEqualShares * kEqualShares);
     g.segment_length = (g.positions + shares - 1) / shares;
   }
   return {g, strides};

@@ -76,7 +76,6 @@ bool read(PyObject* object, std::optional<T>& value) {
 template <typename Argument, typename Value = std::remove_cv_t<std::remove_reference_t<Argument>>>
 using Held = std::conditional_t<std::is_same_v<Value, c10::SymIntArrayRef>, Shape, Value>;
 
-// Reads the first arguments of an operator.
 template <typename... Values, size_t... I>
 bool read_all(PyObject* const* given, std::tuple<Values...>& values, std::index_sequence<I...>) {
   return !at::impl::torch_function_mode_enabled() && (read(given[I], std::get<I>(values)) && ...);
@@ -136,21 +135,20 @@ bool are_absent(const Tuple& values, std::index_sequence<I...>) {
          std::get<first + 1>(values) == Activation{}.negative_slope;
 }
 
-template <typename Plain, typename Fused>
-PyObject* call(const Operator<Plain>& plain, const Operator<Fused>& fused, PyObject* const* given, Py_ssize_t count) {
-  using Given = Operator<Fused>;
-  typename Given::Values values;
-  if (count != Given::kArguments || !read_all(given, values, typename Given::Indices{})) Py_RETURN_NOTIMPLEMENTED;
-  using Extras = std::make_index_sequence<Given::kArguments - Operator<Plain>::kArguments>;
-  return are_absent(values, Extras{}) ? plain(values) : fused(values);
-}
-
-template <typename Signature>
-PyObject* call(const Operator<Signature>& only, PyObject* const* given, Py_ssize_t count) {
+// run(values), if they can be read.
+template <typename Signature, typename Run>
+PyObject* with_values(PyObject* const* given, Py_ssize_t count, const Run& run) {
   using Given = Operator<Signature>;
   typename Given::Values values;
   if (count != Given::kArguments || !read_all(given, values, typename Given::Indices{})) Py_RETURN_NOTIMPLEMENTED;
-  return only(values);
+  return run(values);
+}
+
+template <typename Plain, typename Fused>
+PyObject* call(const Operator<Plain>& plain, const Operator<Fused>& fused, PyObject* const* given, Py_ssize_t count) {
+  using Extras = std::make_index_sequence<Operator<Fused>::kArguments - Operator<Plain>::kArguments>;
+  return with_values<Fused>(given, count,
+                            [&](auto& values) { return are_absent(values, Extras{}) ? plain(values) : fused(values); });
 }
 
 template <typename F>
@@ -158,7 +156,7 @@ PyMethodDef method(const char* name, F* function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
-// Of the operators whose extras are another overload. F is a signature without them.
+// Of the operators whose extras are another overload; and of those that have but one.
 #define NORMOPS_CALL(name, Plain, Fused)                                \
   method(                                                               \
       #name, +[](PyObject*, PyObject* const* given, Py_ssize_t count) { \
@@ -170,7 +168,7 @@ PyMethodDef method(const char* name, F* function) {
   method(                                                                   \
       #name, +[](PyObject*, PyObject* const* given, Py_ssize_t count) {     \
         static const Operator<decltype(ops::name)> only("normops::" #name); \
-        return call(only, given, count);                                    \
+        return with_values<decltype(ops::name)>(given, count, only);        \
       })
 
 using T = const at::Tensor&;

@@ -55,6 +55,7 @@ struct BackwardExtras {
   OptionalTensor grad_sum{};  // added to the gradient of the input
   OptionalTensor mask{};
   int64_t varying = 0;
+  bool in_place = false;  // the gradient of the input takes the place of the output's
 
   bool any() const { return activation || weight_offset != 0 || defined(grad_sum) || defined(mask) || varying; }
 };

@@ -48,16 +48,22 @@ TORCH_LIBRARY(normops, m) {
   // what the input, bias and residual make anew. The last result is the gradient of the residual.
 #define NORMOPS_BACKWARD_EXTRAS \
   "Tensor? bias=None, Tensor? residual=None, Tensor? output=None, str? activation=None, float negative_slope=0.01"
+  // A second operator of each writes the gradient of the input where that of the output was.
+  const auto backward_operator = [&](const std::string& name, const std::string& arguments) {
+    m.def((name + "(Tensor grad_output, " + arguments + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
+    m.def((name + "_(Tensor(a!) grad_output, " + arguments + ") -> (Tensor(a!), Tensor, Tensor, Tensor)").c_str());
+  };
   // `normalized_ndim` is how many dimensions at the end are a row, or 0: then dimension 1, the channels, is.
   m.def(
       "_row_norm(Tensor input, int normalized_ndim, Tensor? weight, Tensor? bias, float eps, bool centered,"
       " Tensor? residual=None, str? activation=None, float negative_slope=0.01, float weight_offset=0.0" NORMOPS_VARYING
       ")"
       " -> (Tensor output, Tensor mean, Tensor rstd)");
-  m.def(
-      "_row_norm_backward(Tensor grad_output, Tensor input, int normalized_ndim, Tensor mean, Tensor rstd,"
-      " Tensor? weight, float eps, bool centered, bool[4] output_mask, " NORMOPS_BACKWARD_EXTRAS
-      ", float weight_offset=0.0, Tensor? grad_sum=None" NORMOPS_VARYING ") -> (Tensor, Tensor, Tensor, Tensor)");
+  backward_operator(
+      "_row_norm_backward",
+      "Tensor input, int normalized_ndim, Tensor mean, Tensor rstd, Tensor? weight, float eps, bool centered,"
+      " bool[4] output_mask, " NORMOPS_BACKWARD_EXTRAS
+      ", float weight_offset=0.0, Tensor? grad_sum=None" NORMOPS_VARYING);
   m.def(
       "_add_row_norm(Tensor input, Tensor residual, int normalized_ndim, Tensor? weight, Tensor? bias, float eps,"
       " bool centered, float weight_offset=0.0) -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)");
@@ -72,10 +78,10 @@ TORCH_LIBRARY(normops, m) {
       "_channel_norm_tracked(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? weight,"
       " Tensor? bias, bool over_batch, float momentum, float eps, Tensor? residual=None, str? activation=None,"
       " float negative_slope=0.01) -> (Tensor output, Tensor mean, Tensor var)");
-  m.def(
-      "_channel_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? weight,"
-      " SymInt num_groups, bool over_batch, float eps, bool input_stats, bool[4] "
-      "output_mask, " NORMOPS_BACKWARD_EXTRAS NORMOPS_MASK NORMOPS_VARYING ") -> (Tensor, Tensor, Tensor, Tensor)");
+  backward_operator(
+      "_channel_norm_backward",
+      "Tensor input, Tensor mean, Tensor var, Tensor? weight, SymInt num_groups, bool over_batch, float eps,"
+      " bool input_stats, bool[4] output_mask, " NORMOPS_BACKWARD_EXTRAS NORMOPS_MASK NORMOPS_VARYING);
   m.def("_channel_moments(Tensor input" NORMOPS_MASK ") -> (Tensor mean, Tensor var)");
   m.def("_merge_moments(Tensor count, Tensor mean, Tensor var) -> (Tensor mean, Tensor var)");
   m.def("_channel_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor var, float eps" NORMOPS_MASK
@@ -164,14 +170,15 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
 Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
                            const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
                            bool centered, Mask4 output_mask, const BackwardExtras& extras) {
-  static const auto op =
-      find<Tensors4(const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&, const at::Tensor&,
-                    const OptionalTensor&, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, OptionalName, double, double, const OptionalTensor&, int64_t)>(
-          "normops::_row_norm_backward");
-  return op.call(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, extras.bias,
-                 extras.residual, extras.output, name_of(extras.activation), extras.activation.negative_slope,
-                 extras.weight_offset, extras.grad_sum, extras.varying);
+  using Signature = Tensors4(const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&, const at::Tensor&,
+                             const OptionalTensor&, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, OptionalName, double, double, const OptionalTensor&, int64_t);
+  static const auto op = find<Signature>("normops::_row_norm_backward");
+  static const auto in_place = find<Signature>("normops::_row_norm_backward_");
+  return (extras.in_place ? in_place : op)
+      .call(grad_output, input, normalized_ndim, mean, rstd, weight, eps, centered, output_mask, extras.bias,
+            extras.residual, extras.output, name_of(extras.activation), extras.activation.negative_slope,
+            extras.weight_offset, extras.grad_sum, extras.varying);
 }
 
 Tensors3 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
@@ -213,14 +220,16 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
                                const at::Tensor& var, const OptionalTensor& weight, c10::SymInt num_groups,
                                bool over_batch, double eps, bool input_stats, Mask4 output_mask,
                                const BackwardExtras& extras) {
-  static const auto op =
-      find<Tensors4(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                    c10::SymInt, bool, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, OptionalName, double, const OptionalTensor&, int64_t)>(
-          "normops::_channel_norm_backward");
-  return op.call(grad_output, input, mean, var, weight, std::move(num_groups), over_batch, eps, input_stats,
-                 output_mask, extras.bias, extras.residual, extras.output, name_of(extras.activation),
-                 extras.activation.negative_slope, extras.mask, extras.varying);
+  using Signature =
+      Tensors4(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+               c10::SymInt, bool, double, bool, Mask4, const OptionalTensor&, const OptionalTensor&,
+               const OptionalTensor&, OptionalName, double, const OptionalTensor&, int64_t);
+  static const auto op = find<Signature>("normops::_channel_norm_backward");
+  static const auto in_place = find<Signature>("normops::_channel_norm_backward_");
+  return (extras.in_place ? in_place : op)
+      .call(grad_output, input, mean, var, weight, std::move(num_groups), over_batch, eps, input_stats, output_mask,
+            extras.bias, extras.residual, extras.output, name_of(extras.activation), extras.activation.negative_slope,
+            extras.mask, extras.varying);
 }
 
 Tensors3 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,

@@ -231,6 +231,14 @@ PRIVATE = {
         "rstd": (X, X, 1, ROWS, ROWS[:3], None, 1e-5, True, MASK),
         "weight": (X, X, 1, ROWS, ROWS, SIX, 1e-5, True, MASK),
     },
+    "_row_norm_backward_": {
+        "right": (X.clone(), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "gradient": (X[:3].clone(), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "gradient dtype": (X.double(), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "transposed gradient": (X.mT.clone(), X.mT, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "expanded gradient": (X[:1].clone().expand_as(X), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "channels of a transposed gradient": (X.mT.clone().mT, X, 0, ROWS.mT, ROWS.mT, None, 1e-5, True, MASK),
+    },
     "_channel_norm": {
         "right": (X, None, None, None, None, 6, True, 1e-5),
         "one dimension": (X[0, 0], None, None, None, None, 5, True, 1e-5),
@@ -255,6 +263,13 @@ PRIVATE = {
         "var": (X, X, CHANNELS, CHANNELS[:5], None, 6, True, 1e-5, True, MASK),
         "statistics per sample": (X, X, CHANNELS, CHANNELS, None, 6, False, 1e-5, True, MASK),
         "weight": (X, X, CHANNELS, CHANNELS, FIVE, 6, True, 1e-5, True, MASK),
+    },
+    "_channel_norm_backward_": {
+        "right": (X.clone(), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "gradient": (X[:3].clone(), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "gradient dtype": (X.half(), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "transposed gradient": (X.mT.clone().mT, X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "expanded gradient": (X[:1].clone().expand_as(X), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
     },
     "_channel_moments": {
         "right": (X,),

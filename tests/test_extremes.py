@@ -9,8 +9,16 @@ from layouts import each_memory_format
 
 import normops.functional as F
 
-FEW = ["batch_norm_training", "instance_norm", "group_norm_3", "layer_norm_1d", "layer_norm_2d", "rms_norm_1d"]
+FEW = [
+    "batch_norm_training",
+    "instance_norm",
+    "group_norm_3",
+    "layer_norm_1d",
+    "layer_norm_2d",
+    "rms_norm_1d",
+]
 few_cases = each([case for case in CASES if case.name in FEW] + OVER_CHANNELS)
+and_evaluation = each([case for case in CASES if case.name in [*FEW, "batch_norm_eval"]] + OVER_CHANNELS)
 # Sizes of the elements, and eps: what is large overflows when squared, and what is small vanishes.
 SIZES = [(3e20, 1e-5), (1e19, 1e-5), (1e30, 1e-5), (1e-30, 0.0), (1e-25, 1e-50)]
 each_size = pytest.mark.parametrize("size, eps", SIZES, ids=lambda value: f"{value:g}")
@@ -20,6 +28,9 @@ def sample_of(case, size, eps, dtype=torch.float32, shape=SHAPE):
     sample = case.sample(shape, dtype=dtype)
     if case.op == "batch_norm" and eps == 0:
         eps = 1e-70
+    if case.given_stats:
+        sample.fixed["running_mean"] = sample.fixed["running_mean"].double() * size
+        sample.fixed["running_var"] = sample.fixed["running_var"].double() * size * size
     sample.fixed["eps"] = eps
     return sample.with_input((sample.input.detach().double() * size).to(dtype))
 
@@ -28,7 +39,7 @@ def sample_of(case, size, eps, dtype=torch.float32, shape=SHAPE):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_memory_format
 @each_size
-@few_cases
+@and_evaluation
 def test_equals_reference(case, size, eps, memory_format, dtype, activation):
     sample = sample_of(case, size, eps, dtype)
     sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))

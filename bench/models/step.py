@@ -129,7 +129,7 @@ def sort_events(roots: Iterator[FunctionEvent], ranges: list[tuple[int, int]]) -
 def part_of(operator: str) -> str:
     namespace, _, name = operator.rpartition("::")
     if namespace == "normops":
-        return "norm backward" if name.endswith("backward") else "norm forward"
+        return "norm backward" if name.rstrip("_").endswith("backward") else "norm forward"
     if namespace != "aten":
         return "other"
     if name in _ACTIVATIONS:

@@ -68,6 +68,8 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
       if (derivative_from_output(extras.activation))
         extras.output = saved[0];  // which knows the sign of what is near zero
     }
+    std::optional<InPlaceOfOutput> place;
+    if (wanted[0] && !same) place.emplace(extras, grads[0], at::MemoryFormat::Contiguous);
     auto [dx, dweight, dbias, dresidual] = ops::row_norm_backward(
         grads[0], input, layer.normalized_ndim, mean, saved[3], saved[1], layer.eps, layer.centered, wanted, extras);
     return {dx, {}, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}};
@@ -96,9 +98,12 @@ struct AddRowNorm : torch::autograd::Function<AddRowNorm> {
     const Settings layer = Settings::saved(ctx);
     BackwardExtras extras = saved_extras(ctx);
     extras.grad_sum = grads[1];
-    auto [dx, dweight, dbias, none] = ops::row_norm_backward(
-        grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3], saved[1], layer.eps, layer.centered,
-        gradients_wanted(ctx, saved[1].defined(), layer.has_bias, false, 2), extras);
+    const Mask4 wanted = gradients_wanted(ctx, saved[1].defined(), layer.has_bias, false, 2);
+    std::optional<InPlaceOfOutput> place;
+    if (wanted[0]) place.emplace(extras, grads[0], at::MemoryFormat::Contiguous);
+    auto [dx, dweight, dbias, none] =
+        ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3], saved[1], layer.eps,
+                               layer.centered, wanted, extras);
     return {dx, dx, {}, dweight, dbias, {}, {}, {}};
   }
 };

@@ -192,9 +192,25 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   // What goes on from the first stage.
   const Operand<const T> gradient = epilogue ? Operand<const T>{epilogue.dz.data, epilogue.dz.strides} : dy;
 
+  // Where float has no room for them: they replace those of the kernel, before dx may take the place of dy.
+  const auto exact_sums = [&](int64_t k, const Region& r) {
+    const int64_t set = sets.of(g.sample_of(k));
+    for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
+      const int64_t group = group_of(set, c);
+      if (!is_extreme_variance<T>(stat_var[group] + eps)) continue;
+      const Lines<const T> own_g = gradient.lines(g, k, c), own_x = x.lines(g, k, c);
+      for (int64_t i = 0; i < g.group_size(); ++i) {
+        ExactGradSums sums{stat_mean[group]};
+        for_valid_of(g, mask, k, i,
+                     [&](int64_t line, int64_t j) { sums.add(double(own_g[line][j]), double(own_x[line][j])); });
+        sum_dy[k * C + c + i] = sums.g;
+        sum_dy_x[k * C + c + i] = sums.g_x;
+      }
+    }
+  };
   const auto reduce = [&](const Region& r) {
     if (!sums_needed && !epilogue.dz.data) return;
-    for_tiles(g, r, Order::kForwards, [&](int64_t k, const Tile& tile) {
+    const auto take = [&](int64_t k, const Tile& tile) {
       if (k + 1 < r.last_segment) {
         dy.prefetch(g, k + 1, r.first_channel);
         x.prefetch(g, k + 1, r.first_channel);
@@ -235,6 +251,11 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
         span.clear_around(dz);
       }
       if (!sums) sums_of(gradient.lines(g, k, r.first_channel));
+    };
+    for_tiles(g, r, Order::kForwards, [&](int64_t k, const Tile& tile) {
+      take(k, tile);
+      if (extreme && sums_needed) [[unlikely]]
+        exact_sums(k, r);
     });
   };
   // Leaves in the first segment of each row, or sample: sum dy, and sum dy * (x - mean) * rstd.
@@ -251,23 +272,13 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
     }
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
       if (mask && mask->elements_of_row(row) == 0) return;
-      const double low = SplitMean<A>(stat_mean[group]).low;
+      const bool exact = is_extreme_variance<T>(stat_var[group] + eps);
+      const double low = exact ? 0 : SplitMean<A>(stat_mean[group]).low;
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t at = set * set_segments * C + c;
         for (int64_t i = at, end = i + g.group_size(); i < end; ++i) {
           sum_dy_x[i] = (sum_dy_x[i] - low * sum_dy[i]) * rstd;
-        }
-        if (!is_extreme_variance<T>(stat_var[group] + eps)) continue;
-        for (int64_t i = 0; i < g.group_size(); ++i) {
-          ExactGradSums sums{stat_mean[group]};
-          for (int64_t k = set * set_segments; k < (set + 1) * set_segments; ++k) {
-            const Lines<const T> own_g = gradient.lines(g, k, c), own_x = x.lines(g, k, c);
-            for_valid_of(g, mask, k, i,
-                         [&](int64_t line, int64_t j) { sums.add(double(own_g[line][j]), double(own_x[line][j])); });
-          }
-          sum_dy[at + i] = sums.g;
-          sum_dy_x[at + i] = sums.g_x * rstd;
         }
       }
     });

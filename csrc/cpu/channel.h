@@ -127,11 +127,7 @@ inline std::optional<Mask> mask_of(const Geometry& g, const at::Tensor& flags) {
                                              : std::nullopt;
 }
 
-// New tensors without the dispatcher: it would take longer than the elements of a small input.
-inline at::Tensor new_like(const at::Tensor& input) {
-  return prepare_output(
-      at::detail::empty_cpu(input.sizes(), input.scalar_type(), /*pin_memory=*/false, input.suggest_memory_format()));
-}
+inline at::Tensor new_like(const at::Tensor& input) { return new_output(input, input.suggest_memory_format()); }
 
 inline at::Tensor new_array(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble) {
   return at::detail::empty_cpu(shape, dtype);

@@ -147,18 +147,19 @@ at::Tensor rounded(const double* sums, at::IntArrayRef shape, at::ScalarType typ
   return result;
 }
 
-Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
-                               const at::Tensor& var, const OptionalTensor& weight, int64_t num_groups, bool over_batch,
-                               double eps, bool input_stats, Mask4 output_mask, const OptionalTensor& bias,
-                               const OptionalTensor& residual, const OptionalTensor& output, OptionalName activation,
-                               double negative_slope, const OptionalTensor& mask, int64_t varying) {
+Tensors4 channel_norm_backward(bool in_place, const at::Tensor& grad_output, const at::Tensor& input,
+                               const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
+                               int64_t num_groups, bool over_batch, double eps, bool input_stats, Mask4 output_mask,
+                               const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& output,
+                               OptionalName activation, double negative_slope, const OptionalTensor& mask,
+                               int64_t varying) {
   const Activation kind = as_activation(activation, negative_slope);
   at::Tensor x = input, dy = grad_output, dx, dresidual, added, y, unwanted;
   const at::Tensor flags = as_flags(mask, input);
   const int64_t count = c10::multiply_integers(channel_statistics_shape(input, num_groups, over_batch));
   const at::Tensor means = as_parameter(mean, input, count, at::kDouble, "mean");
   const at::Tensor vars = as_parameter(var, input, count, at::kDouble, "var");
-  if (output_mask[0]) dx = new_like(input);
+  if (output_mask[0]) dx = place_of_gradient(in_place, grad_output, input, input.suggest_memory_format());
   if (output_mask[3]) dresidual = new_like(input);
   if (kind) {
     added = residual.value_or(at::Tensor());
@@ -210,7 +211,8 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
 
 TORCH_LIBRARY_IMPL(normops, CPU, m) {
   m.impl("_channel_norm", channel_norm);
-  m.impl("_channel_norm_backward", channel_norm_backward);
+  m.impl("_channel_norm_backward", Placing<channel_norm_backward, false>::call);
+  m.impl("_channel_norm_backward_", Placing<channel_norm_backward, true>::call);
 }
 
 }  // namespace normops::cpu

@@ -4,6 +4,7 @@
 // less than 1e-19 vanish, and so do products of rstd with itself. Whether that happens is seen by rstd, once for each
 // statistic; elements are then taken one by one, in double. There is nothing wider for double.
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <vector>
@@ -68,23 +69,49 @@ void mend_rows(const RowForward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
+// dx of rows that the kernel cannot know better, kept until it has been there: dx may take the place of dy.
 template <typename T>
-void mend_rows(const RowBackward<T>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; a.dx.data && row < end; ++row) {
-    const double mean = a.mean[row], rstd = a.rstd[row];
-    if (!is_extreme<T>(rstd) || !std::isfinite(rstd) || rstd == 0) continue;
-    const T *const dy = a.dy[row], *const x = a.x[row];
-    const auto g = [&](int64_t j) { return double(dy[j]) * (a.weight ? double(a.weight[packed<T>(j)]) : 1.0); };
-    double sum_g = 0, sum_g_xhat = 0;
-    for (int64_t j = 0; j < a.length; ++j) {
-      sum_g += g(j);
-      sum_g_xhat += g(j) * (double(x[j]) - mean) * rstd;
-    }
-    const double mean_g = a.centered ? sum_g / a.length : 0, along = sum_g_xhat / a.length;
-    for (int64_t j = 0; j < a.length; ++j) {
-      a.dx[row][j] = T(Acc<T>(rstd * (g(j) - mean_g - (double(x[j]) - mean) * rstd * along)));
+class ExtremeRows {
+ public:
+  ExtremeRows(const RowBackward<T>& a, int64_t begin, int64_t end) : a_(a) {
+    for (int64_t row = begin; a.dx.data && row < end; ++row) {
+      const double mean = a.mean[row], rstd = a.rstd[row];
+      if (!is_extreme<T>(rstd) || !std::isfinite(rstd) || rstd == 0) continue;
+      rows_.push_back(row);
+      const T *const dy = a.dy[row], *const x = a.x[row];
+      const auto g = [&](int64_t j) { return double(dy[j]) * (a.weight ? double(a.weight[packed<T>(j)]) : 1.0); };
+      double sum_g = 0, sum_g_xhat = 0;
+      for (int64_t j = 0; j < a.length; ++j) {
+        sum_g += g(j);
+        sum_g_xhat += g(j) * (double(x[j]) - mean) * rstd;
+      }
+      const double mean_g = a.centered ? sum_g / a.length : 0, along = sum_g_xhat / a.length;
+      for (int64_t j = 0; j < a.length; ++j) {
+        results_.push_back(T(Acc<T>(rstd * (g(j) - mean_g - (double(x[j]) - mean) * rstd * along))));
+      }
     }
   }
+
+  void store() const {
+    auto next = results_.begin();
+    for (const int64_t row : rows_) {
+      std::copy_n(next, a_.length, a_.dx[row]);
+      next += a_.length;
+    }
+  }
+
+ private:
+  const RowBackward<T>& a_;
+  std::vector<int64_t> rows_;
+  std::vector<T> results_;
+};
+
+// Gradients of rows, all of them right.
+template <typename T>
+void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  const ExtremeRows<T> extremes(a, begin, end);
+  kernels().of<T>().row_backward(a, begin, end);
+  extremes.store();
 }
 
 // f(line, j, i) for every element of a channel of a tile, the i-th.

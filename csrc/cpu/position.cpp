@@ -421,7 +421,7 @@ Tensors3 position_norm(const at::Tensor& input, const OptionalTensor& weight, co
   const Planes planes(input);
   const at::Tensor x = as_planes(input, input);
   const at::Tensor added = defined(extras.residual) ? as_planes(*extras.residual, input) : at::Tensor();
-  const at::Tensor output = prepare_output(new_array(input.sizes(), input.scalar_type()));
+  const at::Tensor output = new_output(input);
   const at::Tensor mean = new_array(statistics_shape(input)), rstd = new_array(statistics_shape(input));
   if (planes.elements() == 0) {
     mean.zero_();
@@ -442,18 +442,17 @@ Tensors4 position_norm_backward(const at::Tensor& grad_output, const at::Tensor&
                                 Mask4 output_mask, const BackwardExtras& extras) {
   check_is_planes(input);
   const Planes planes(input);
-  const auto new_result = [&] { return prepare_output(new_array(input.sizes(), input.scalar_type())); };
   const auto planes_of = [&](const OptionalTensor& tensor) {
     return defined(tensor) ? as_planes(*tensor, input) : at::Tensor();
   };
   const at::Tensor x = as_planes(input, input), dy = as_planes(grad_output, input);
   at::Tensor dx, dresidual, added, y, unwanted;
-  if (output_mask[0]) dx = new_result();
-  if (output_mask[3]) dresidual = new_result();
+  if (output_mask[0]) dx = place_of_gradient(extras.in_place, grad_output, input);
+  if (output_mask[3]) dresidual = new_output(input);
   if (extras.activation) {
     added = planes_of(extras.residual);
     y = planes_of(extras.output);
-    if (!output_mask[0] && !output_mask[3]) unwanted = new_result();
+    if (!output_mask[0] && !output_mask[3]) unwanted = new_output(input);
   } else if (output_mask[3]) {
     dresidual.copy_(grad_output);
   }

@@ -196,8 +196,7 @@ Tensors3 row_norm(const at::Tensor& input, int64_t normalized_ndim, const Option
   const Activation kind = as_activation(activation, negative_slope);
   // Without the dispatcher: it would take longer than the rows of a small input.
   const auto shape = row_statistics_shape(input, normalized_ndim);
-  at::Tensor output = at::detail::empty_cpu(input.sizes(), input.options());
-  prepare_output(output);
+  at::Tensor output = new_output(input);
   at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_row_norm", [&] {
@@ -248,10 +247,8 @@ Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64
   std::tie(rows, length) = row_shape(input, normalized_ndim);
   const at::Tensor x = as_rows(input, rows, length), added = as_rows(like(input, residual), rows, length);
   const auto shape = row_statistics_shape(input, normalized_ndim);
-  at::Tensor output = at::detail::empty_cpu(input.sizes(), input.options());
-  at::Tensor sum = at::detail::empty_cpu(input.sizes(), input.options());
-  prepare_output(output);
-  prepare_output(sum);
+  at::Tensor output = new_output(input);
+  at::Tensor sum = new_output(input);
   at::Tensor mean = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   at::Tensor rstd = at::detail::empty_cpu(shape, input.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "normops::_add_row_norm", [&] {
@@ -280,15 +277,16 @@ Tensors4 add_row_norm(const at::Tensor& input, const at::Tensor& residual, int64
   return {output, sum, mean, rstd};
 }
 
-Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& input, int64_t normalized_ndim,
-                           const at::Tensor& mean, const at::Tensor& rstd, const OptionalTensor& weight, double eps,
-                           bool centered, Mask4 output_mask, const OptionalTensor& bias, const OptionalTensor& residual,
-                           const OptionalTensor& output, OptionalName activation, double negative_slope,
-                           double weight_offset, const OptionalTensor& grad_sum, int64_t varying) {
+Tensors4 row_norm_backward(bool in_place, const at::Tensor& grad_output, const at::Tensor& input,
+                           int64_t normalized_ndim, const at::Tensor& mean, const at::Tensor& rstd,
+                           const OptionalTensor& weight, double eps, bool centered, Mask4 output_mask,
+                           const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& output,
+                           OptionalName activation, double negative_slope, double weight_offset,
+                           const OptionalTensor& grad_sum, int64_t varying) {
   if (normalized_ndim == 0) {
     return position_norm_backward(
         grad_output, input, mean, rstd, weight, eps, centered, output_mask,
-        {as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum});
+        {as_activation(activation, negative_slope), bias, residual, output, weight_offset, grad_sum, {}, 0, in_place});
   }
   int64_t rows, length;  // which lambdas capture, as clang before 16 does not capture structured bindings
   std::tie(rows, length) = row_shape(input, normalized_ndim);
@@ -306,8 +304,8 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     added = matrix(residual);
     y = matrix(output);
   }
-  if (output_mask[0]) dx = prepare_output(at::detail::empty_cpu(input.sizes(), input.options()));
-  if (output_mask[3]) dresidual = at::detail::empty_cpu(input.sizes(), input.options());
+  if (output_mask[0]) dx = place_of_gradient(in_place, grad_output, input);
+  if (output_mask[3]) dresidual = new_output(input);
   if (output_mask[3] && !kind) dresidual.copy_(grad_output);
   const bool params = output_mask[1] || output_mask[2];
   if (!params && !output_mask[0] && !(kind && output_mask[3])) return {dx, dweight, dbias, dresidual};
@@ -378,13 +376,11 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
     each_block(plain, [&](RowBackward<scalar_t> args, int64_t set, int64_t begin, int64_t end) {
       args.weight = w.data(set);
       if (!summand.data || !to.data) {
-        kernel.row_backward(args, begin, end);
-        mend_rows(args, begin, end);
+        row_backward(args, begin, end);
         return;
       }
       for_row_pieces(begin, end, rows_together_backward(length), [&](int64_t row, int64_t count) {
-        kernel.row_backward(args, row, row + count);
-        mend_rows(args, row, row + count);
+        row_backward(args, row, row + count);
         kernel.sum_lines(read_only(from_row(to, row)), from_row(summand, row), from_row(to, row), count, length);
       });
     });
@@ -397,7 +393,8 @@ Tensors4 row_norm_backward(const at::Tensor& grad_output, const at::Tensor& inpu
 
 TORCH_LIBRARY_IMPL(normops, CPU, m) {
   m.impl("_row_norm", row_norm);
-  m.impl("_row_norm_backward", row_norm_backward);
+  m.impl("_row_norm_backward", Placing<row_norm_backward, false>::call);
+  m.impl("_row_norm_backward_", Placing<row_norm_backward, true>::call);
   m.impl("_add_row_norm", add_row_norm);
 }
 

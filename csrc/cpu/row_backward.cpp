@@ -43,8 +43,6 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t 
     else
       return g;
   };
-  for (int64_t r = 0; r < count; ++r) c[r] = RowCoefficients<T>(a.mean[row + r], a.rstd[row + r]);
-  if (a.dx.data == nullptr) return;
   const double inverse = 1.0 / a.length;
   const auto add = [&](int64_t r, int64_t j, auto lanes, Pack<T>* s) {
     const Pack<T> g = load_scaled(a.dy[row + r], j, lanes);
@@ -73,25 +71,36 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t 
 }
 
 // dx row by row, so that memory is read and written in turns; and then, for some rows together, the sums for dweight
-// and dbias, whose stores would otherwise queue behind those to dx, which wait for memory.
+// and dbias, whose stores would otherwise queue behind those to dx, which wait for memory. Where dx takes the place of
+// dy, it is there already, and the sums have to be first.
 template <typename T, bool kWeight>
 NORMOPS_KERNEL row_backward(RowBackward<T> a, int64_t begin, int64_t end) {  // a copy, as in row_forward
   if (a.length == 0) return;
   constexpr int64_t kRows = 8;
   const int64_t at_once = is_short<T>(a.length) ? kTogether<T> : 1;
+  const bool in_place = a.dx.data == a.dy.data;
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t rows = std::min(kRows, end - row);
     RowCoefficients<T> c[kRows];
-    for (int64_t r = 0; r < rows; r += at_once) {
-      rows_backward<T, kWeight>(a, row + r, std::min(at_once, rows - r), end, c + r);
-    }
-    if (a.dweight == nullptr) continue;
-    const Lines<const T> dy{a.dy[row], a.dy.stride}, x{a.x[row], a.x.stride};
-    sum_across<T, 2>({dy, x}, rows, a.length, a.dbias, a.dweight - a.dbias,
-                     [&](int64_t r, const Pack<T>* v, int64_t, auto, Pack<T>* s) {
-                       s[0] = s[0] + v[0];
-                       s[1] = fmadd(v[0], fmadd(v[1] - c[r].center, c[r].rstd, c[r].low), s[1]);
-                     });
+    for (int64_t r = 0; r < rows; ++r) c[r] = RowCoefficients<T>(a.mean[row + r], a.rstd[row + r]);
+    const auto input = [&] {
+      if (a.dx.data == nullptr) return;
+      for (int64_t r = 0; r < rows; r += at_once) {
+        rows_backward<T, kWeight>(a, row + r, std::min(at_once, rows - r), end, c + r);
+      }
+    };
+    const auto parameters = [&] {
+      if (a.dweight == nullptr) return;
+      const Lines<const T> dy{a.dy[row], a.dy.stride}, x{a.x[row], a.x.stride};
+      sum_across<T, 2>({dy, x}, rows, a.length, a.dbias, a.dweight - a.dbias,
+                       [&](int64_t r, const Pack<T>* v, int64_t, auto, Pack<T>* s) {
+                         s[0] = s[0] + v[0];
+                         s[1] = fmadd(v[0], fmadd(v[1] - c[r].center, c[r].rstd, c[r].low), s[1]);
+                       });
+    };
+    if (in_place) parameters();
+    input();
+    if (!in_place) parameters();
   }
 }
 

@@ -1,0 +1,241 @@
+"""The gradient of the input takes the place of the output's where nobody else has that, and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, DTYPES, OVER_CHANNELS, SHAPE, each
+from layouts import each_memory_format, misaligned
+from test_extremes import sample_of as extreme_sample
+from torch import nn
+from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import normops
+import normops.functional as F
+
+each_with_channels = each(CASES + OVER_CHANNELS)
+
+
+def in_place(step):
+    """For each backward of a norm that ``step`` takes, whether it wrote over the gradient it was given."""
+    with profile() as events:
+        step()
+    names = [event.name for event in events.function_events]
+    return [
+        name.endswith("_") for name in names if name.startswith("normops::_") and name.rstrip("_").endswith("backward")
+    ]
+
+
+def like(output):
+    """Factors for the output in its layout, so that its gradient is a new tensor of that layout."""
+    factors = torch.linspace(0.5, 2, output.numel()).reshape(output.shape)
+    return torch.empty_like(output).copy_(factors)
+
+
+def gradients(sample, keep):
+    """Of the input and the parameters; the gradient of the output is kept by somebody else, or by nobody."""
+    kept = []
+    leaves = [sample.input, *sample.parameters.values()]
+    for leaf in leaves:
+        leaf.grad = None
+    output = sample.run()
+    if keep:
+        output.register_hook(kept.append)
+    product = (output * like(output)).sum()
+    assert in_place(product.backward) == [not keep]
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each_memory_format
+@each_with_channels
+def test_same_bits(case, memory_format, dtype, activation):
+    sample = case.sample(dtype=dtype)
+    if not case.row_dims:  # LayerNorm's output is contiguous, as torch's
+        sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))
+    sample.fixed["activation"] = activation
+    for result, expected in zip(gradients(sample, keep=False), gradients(sample, keep=True), strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("shape", [(9, 6, 1, 1), (5, 6, 7, 7), (2, 6, 3, 3000), (12, 6, 8, 300)], ids=str)
+@each_with_channels
+def test_same_bits_in_shapes(case, shape):
+    """Narrow, short and long lines, more rows than are taken at a time."""
+    sample = case.sample(case.enough(shape))
+    for result, expected in zip(gradients(sample, keep=False), gradients(sample, keep=True), strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-30], ids=str)
+@each_with_channels
+def test_same_bits_of_extremes(case, size):
+    """Those elements are taken a second time."""
+    sample = extreme_sample(case, size, eps=1e-70)
+    for result, expected in zip(gradients(sample, keep=False), gradients(sample, keep=True), strict=True):
+        assert torch.equal(result, expected) and result.isfinite().all()
+
+
+def test_masks_and_parameters_of_samples():
+    x = torch.randn(SHAPE)
+    mask = torch.rand(SHAPE[0], *SHAPE[2:]) > 0.3
+    weight = torch.rand(SHAPE[:2])
+
+    def gradient(keep):
+        kept, input = [], x.clone().requires_grad_()
+        output = F.group_norm(input, 3, weight, mask=mask)
+        if keep:
+            output.register_hook(kept.append)
+        assert in_place((output * like(output)).sum().backward) == [not keep]
+        return input.grad
+
+    assert torch.equal(gradient(False), gradient(True))
+
+
+def test_sum_of_two():
+    x, residual = torch.randn(2, 8, 48)
+
+    def gradient(keep):
+        kept, input = [], x.clone().requires_grad_()
+        output, total = F.add_layer_norm(input, residual, (48,))
+        if keep:
+            output.register_hook(kept.append)
+        loss = (output * like(output)).sum() + total.square().sum()
+        assert in_place(loss.backward) == [not keep]
+        return input.grad
+
+    assert torch.equal(gradient(False), gradient(True))
+
+
+def test_chain():
+    """In a model nearly every gradient has one owner; where a block adds its input to its output it has two, until
+    one of them is done."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+            self.last = nn.BatchNorm2d(4)
+
+        def forward(self, input):
+            return self.last(self.body(input)) + input
+
+    model = normops.convert(nn.Sequential(nn.Conv2d(3, 4, 1), Block(), nn.GroupNorm(2, 4), nn.Tanh()))
+    output = model(torch.randn(2, 3, 5, 5))
+    # GroupNorm's; the last of the block's, which the sum hands on in two directions; the one within.
+    assert in_place(output.sum().backward) == [True, False, True]
+
+
+class Hold(torch.autograd.Function):
+    """Hands on what is made of the gradient, of which something else may be kept."""
+
+    @staticmethod
+    def forward(ctx, input, make):
+        ctx.make = make
+        return input.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.make(grad), None
+
+
+HELD = np.empty(0)
+
+
+def array_of(grad):
+    """A tensor in the memory of an array."""
+    global HELD
+    HELD = grad.numpy().copy()
+    return torch.from_numpy(HELD)
+
+
+MADE = {
+    "array": array_of,
+    "part of more": lambda grad: misaligned(grad),
+    "transposed": lambda grad: grad.mT.contiguous().mT,
+    "expanded": lambda grad: grad[:, :1].expand_as(grad),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.BatchNorm1d(6)], ids=str)
+def test_memory_that_is_not_its_own(layer, made):
+    layer = normops.convert(nn.Sequential(layer))
+    x = torch.randn(5, 6, requires_grad=True)
+    factors = torch.rand(5, 6)
+    loss = (Hold.apply(layer(x), MADE[made]) * factors).sum()
+    assert in_place(loss.backward) == [False]
+    if made == "array":
+        assert torch.equal(torch.from_numpy(HELD), factors)
+
+
+def test_gradients_that_are_kept():
+    layer = normops.LayerNorm(6)
+    x, factors = torch.randn(5, 6, requires_grad=True), torch.rand(5, 6)
+
+    output = layer(x)
+    output.retain_grad()
+    (output * factors).sum().backward()
+    assert torch.equal(output.grad, factors)
+
+    # The caller's own.
+    grad = torch.rand(5, 6)
+    before = grad.clone()
+    assert in_place(lambda: layer(x).backward(grad)) == [False]
+    assert torch.equal(grad, before)
+
+    # That of a sum is one tensor for both, and stays a gradient of the other.
+    other = torch.randn(5, 6, requires_grad=True)
+    ((layer(x) + other) * factors).sum().backward()
+    assert torch.equal(other.grad, factors)
+
+    # A view that was kept of it.
+    views = []
+    output = layer(x)
+    output.register_hook(lambda grad: views.append(grad.view(-1)))
+    (output * factors).sum().backward()
+    assert torch.equal(views[0], factors.view(-1))
+
+
+def test_graphs_and_modes():
+    layer = normops.LayerNorm(6)
+    x = torch.randn(5, 6, requires_grad=True)
+    product = (layer(x) * torch.rand(5, 6)).sum()
+    assert in_place(lambda: torch.autograd.grad(product, [x], create_graph=True)) == [False]
+    product = (layer(x) * torch.rand(5, 6)).sum()
+    assert in_place(lambda: product.backward(retain_graph=True)) == [True]
+    first, x.grad = x.grad, None
+    product.backward()
+    assert torch.equal(x.grad, first)
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    product = (layer(x) * torch.rand(5, 6)).sum()
+    with Names():
+        product.backward()
+    assert "normops::_row_norm_backward" in names and "normops::_row_norm_backward_" not in names
+
+
+def test_less_memory():
+    """The gradient that is handed on lies where the one that came did."""
+    x = torch.randn(5, 6, requires_grad=True)
+    addresses = []
+
+    class Address(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, input):
+            return input.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            addresses.append(grad.data_ptr())
+            return grad
+
+    output = F.layer_norm(Address.apply(x), (6,))
+    (F.layer_norm(output, (6,)) * torch.rand(5, 6)).sum().backward()
+    assert x.grad.data_ptr() == addresses[0]

@@ -94,7 +94,7 @@ NORMOPS_KERNEL apply_of(const Tile& tile, Lines<const T> x, Lines<T> y, const Fo
 
 template <typename T>
 void apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
-  with_valid<T>(tile, [&](const auto& valid) { apply_of(tile, x, y, k, valid); });
+  with_valid<T, NORMOPS_PLAIN>(tile, [&](const auto& valid) { apply_of(tile, x, y, k, valid); });
 }
 
 template <typename T>

@@ -172,11 +172,11 @@ NORMOPS_INLINE void map_sum(const Tile& tile, const Lines<const T>& x, const Lin
                             const ForwardCoefficients<Acc<T>>& k, F f) {
   const auto norm = [](const Pack<T>& x, const Pack<T>* k) { return fmadd(x - k[0], k[1], k[2]); };
   const auto sum = [&](const Pack<T>* v, const Pack<T>* k) {
-    return f(kRare<T> && !residual.data ? norm(v[0], k) : norm(v[0], k) + v[1]);
+    return f(NORMOPS_PLAIN && !residual.data ? norm(v[0], k) : norm(v[0], k) + v[1]);
   };
-  if (kRare<T> || residual.data)
-    map<T, 2, 3, kRare<T>>(tile, {x, residual}, out, {k.center, k.scale, k.shift}, sum);
-  else if constexpr (!kRare<T>)
+  if (NORMOPS_PLAIN || residual.data)
+    map<T, 2, 3, NORMOPS_PLAIN>(tile, {x, residual}, out, {k.center, k.scale, k.shift}, sum);
+  else if constexpr (!NORMOPS_PLAIN)
     map<T, 1, 3>(tile, {x}, out, {k.center, k.scale, k.shift},
                  [&](const Pack<T>* v, const Pack<T>* k) { return f(norm(v[0], k)); });
 }

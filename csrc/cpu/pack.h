@@ -31,8 +31,8 @@
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
-// Kernels with a mask, or a residual, are compiled with it and without; but once for types that few use, and in the set
-// without vector instructions: they ask at each pack.
+// Kernels with a mask are compiled with it and without; but once in the set without vector instructions, and those that
+// take sums once for types that few use: they ask at each pack.
 template <typename T>
 constexpr bool kRare = NORMOPS_PLAIN || !(std::is_same_v<T, float> || std::is_same_v<T, c10::BFloat16>);
 

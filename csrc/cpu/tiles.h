@@ -238,11 +238,11 @@ class SomeValid {
 };
 
 // f(what of the tile is valid)
-template <typename T, typename F>
+template <typename T, bool kAsk = kRare<T>, typename F>
 NORMOPS_INLINE void with_valid(const Tile& tile, const F& f) {
-  if (kRare<T> || tile.valid)
+  if (kAsk || tile.valid)
     f(SomeValid<T>(tile));
-  else if constexpr (!kRare<T>)
+  else if constexpr (!kAsk)
     f(AllValid{});
 }
 

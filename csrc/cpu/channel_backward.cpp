@@ -76,7 +76,7 @@ NORMOPS_KERNEL grad_apply_of(const Tile& tile, Lines<const T> dy, Lines<const T>
 template <typename T>
 void grad_apply(const Tile& tile, Lines<const T> dy, Lines<const T> x, Lines<T> dx,
                 const BackwardCoefficients<Acc<T>>& k) {
-  with_valid<T>(tile, [&](const auto& valid) { grad_apply_of(tile, dy, x, dx, k, valid); });
+  with_valid<T, NORMOPS_PLAIN>(tile, [&](const auto& valid) { grad_apply_of(tile, dy, x, dx, k, valid); });
 }
 
 template <typename T, typename Which>
@@ -86,7 +86,7 @@ NORMOPS_KERNEL scale_of(const Tile& tile, Lines<const T> dy, Lines<T> dx, const 
 
 template <typename T>
 void scale(const Tile& tile, Lines<const T> dy, Lines<T> dx, const Acc<T>* factor) {
-  with_valid<T>(tile, [&](const auto& valid) { scale_of(tile, dy, dx, factor, valid); });
+  with_valid<T, NORMOPS_PLAIN>(tile, [&](const auto& valid) { scale_of(tile, dy, dx, factor, valid); });
 }
 
 template <typename T>

@@ -27,9 +27,11 @@ NORMOPS_KERNEL moments_of(const Tile& tile, Lines<const T> x, double* mean, doub
       constexpr int64_t kFew = 8;
       const int64_t few = std::min(kFew, block.whole_lines()), step = block.whole_lines() / few;
       const Lines<const T> all = block.lines(x, 0), some{all.data, all.stride * step};
-      std::fill_n(center, block.padded<T>(), A(0));
-      sum_across<T, 1>({some}, few, block.length(), center, 0,
-                       [](int64_t, const Pack<T>* v, int64_t, auto, Pack<T>* s) { s[0] = s[0] + v[0]; });
+      sweep<T>(block.length(), [&](int64_t j, auto lanes, auto) {
+        Pack<T> sum;
+        for (int64_t line = 0; line < few; ++line) sum = sum + Pack<T>::load(some[line] + j, lanes);
+        sum.store_packed(center + j);
+      });
       block.fold<T>(center, block_mean);
       const double few_inverse = 1.0 / (few * block.repeat * block.width);
       for (int64_t c = 0; c < block.channels; ++c) block_mean[c] = A(block_mean[c] * few_inverse);
@@ -92,7 +94,7 @@ NORMOPS_KERNEL apply_of(const Tile& tile, Lines<const T> x, Lines<T> y, const Fo
 
 template <typename T>
 void apply(const Tile& tile, Lines<const T> x, Lines<T> y, const ForwardCoefficients<Acc<T>>& k) {
-  with_valid<T>(tile, [&](const auto& valid) { apply_of(tile, x, y, k, valid); });
+  with_valid<T, NORMOPS_PLAIN>(tile, [&](const auto& valid) { apply_of(tile, x, y, k, valid); });
 }
 
 template <typename T>

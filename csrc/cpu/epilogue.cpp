@@ -57,36 +57,54 @@ NORMOPS_INLINE void for_lines(bool together, int64_t lines, int64_t length, F f)
   for (int64_t line = 0; line < lines; ++line) f(line, length);
 }
 
+// to = formula(activation, numbers of each input), in a type of arithmetic. What is left of a line goes through the
+// same loop in a copy: formulas are many and long, and each is compiled once.
+template <typename A, int kInputs, typename F>
+NORMOPS_INLINE void map_numbers(int kind, const Lines<const A> (&from)[kInputs], Lines<A> to, int64_t lines,
+                                int64_t length, F formula) {
+  constexpr int64_t kSize = Pack<A>::kSize;
+  bool together = to.stride == length;
+  for (const Lines<const A>& input : from) together = together && input.stride == length;
+  for_lines(together, lines, length, [&](int64_t line, int64_t n) {
+    const int64_t left = n % kSize, whole = n - left;
+    for (const bool is_rest : {false, true}) {
+      if (is_rest && left == 0) continue;
+      const A* inputs[kInputs];
+      A *output = to[line], copies[kInputs + 1][kSize];
+      for (int i = 0; i < kInputs; ++i) inputs[i] = from[i][line];
+      if (is_rest) {
+        for (int i = 0; i < kInputs; ++i) {
+          std::fill(std::copy_n(inputs[i] + whole, left, copies[i]), copies[i] + kSize, A(0));
+          inputs[i] = copies[i];
+        }
+        output = copies[kInputs];
+      }
+      with_activation(kind, [&](auto activation) {
+        for (int64_t j = 0; j < (is_rest ? kSize : whole); j += kSize) {
+          Number<A> numbers[kInputs];
+          for (int i = 0; i < kInputs; ++i) numbers[i].v = Number<A>::Vec::loadu(inputs[i] + j);
+          formula(activation, numbers).v.store(output + j);
+        }
+      });
+      if (is_rest) std::copy_n(output, left, to[line] + whole);
+    }
+  });
+}
+
 template <typename A>
 NORMOPS_KERNEL activate(const Activation& activation, Lines<A> z, int64_t lines, int64_t length) {
-  with_activation(activation.kind, [&](auto f) {
-    for_lines(z.stride == length, lines, length, [&](int64_t line, int64_t n) {
-      A* const data = z[line];
-      sweep<A>(n, [&](int64_t j, auto lanes, auto) {
-        Pack<A> pack = Pack<A>::load(data + j, lanes);
-        pack.part[0] = f.value(Number<A>{pack.part[0]}, activation.negative_slope).v;
-        pack.store(data + j, lanes);
-      });
-    });
-  });
+  const double slope = activation.negative_slope;
+  map_numbers<A, 1>(activation.kind, {{z.data, z.stride}}, z, lines, length,
+                    [&](auto f, const Number<A>* z) { return f.value(z[0], slope); });
 }
 
 // dz = dy * derivative(z)
 template <typename A>
 NORMOPS_KERNEL differentiate(const Activation& activation, Lines<const A> z, Lines<const A> dy, Lines<A> dz,
                              int64_t lines, int64_t length) {
-  const bool together = z.stride == length && dy.stride == length && dz.stride == length;
-  with_activation(activation.kind, [&](auto f) {
-    for_lines(together, lines, length, [&](int64_t line, int64_t n) {
-      const A *const from = z[line], *const gradient = dy[line];
-      A* const to = dz[line];
-      sweep<A>(n, [&](int64_t j, auto lanes, auto) {
-        Pack<A> pack = Pack<A>::load(from + j, lanes);
-        pack.part[0] = f.derivative(Number<A>{pack.part[0]}, activation.negative_slope).v;
-        (Pack<A>::load(gradient + j, lanes) * pack).store(to + j, lanes);
-      });
-    });
-  });
+  const double slope = activation.negative_slope;
+  map_numbers<A, 2>(activation.kind, {z, dy}, dz, lines, length,
+                    [&](auto f, const Number<A>* v) { return v[1] * f.derivative(v[0], slope); });
 }
 
 // Of 16-bit types.
@@ -148,31 +166,33 @@ struct Pieces {
   }
 };
 
+// out = f((x - center) * scale + shift + residual), the last of which may be absent.
+template <typename T, typename Out, typename F>
+NORMOPS_INLINE void map_sum(const Tile& tile, const Lines<const T>& x, const Lines<const T>& residual, Lines<Out> out,
+                            const ForwardCoefficients<Acc<T>>& k, F f) {
+  const auto norm = [](const Pack<T>& x, const Pack<T>* k) { return fmadd(x - k[0], k[1], k[2]); };
+  const auto sum = [&](const Pack<T>* v, const Pack<T>* k) {
+    return f(NORMOPS_PLAIN && !residual.data ? norm(v[0], k) : norm(v[0], k) + v[1]);
+  };
+  if (NORMOPS_PLAIN || residual.data)
+    map<T, 2, 3, NORMOPS_PLAIN>(tile, {x, residual}, out, {k.center, k.scale, k.shift}, sum);
+  else if constexpr (!NORMOPS_PLAIN)
+    map<T, 1, 3>(tile, {x}, out, {k.center, k.scale, k.shift},
+                 [&](const Pack<T>* v, const Pack<T>* k) { return f(norm(v[0], k)); });
+}
+
 // z = (x - center) * scale + shift + residual
 template <typename T>
 NORMOPS_KERNEL pre_activation(const Tile& tile, Lines<const T> x, Lines<const T> residual, Lines<Acc<T>> z,
                               const ForwardCoefficients<Acc<T>>& k) {
-  if (residual.data) {
-    map<T, 2, 3>(tile, {x, residual}, z, {k.center, k.scale, k.shift},
-                 [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]) + v[1]; });
-  } else {
-    map<T, 1, 3>(tile, {x}, z, {k.center, k.scale, k.shift},
-                 [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]); });
-  }
+  map_sum(tile, x, residual, z, k, [](const Pack<T>& sum) { return sum; });
 }
 
 template <typename T>
 NORMOPS_KERNEL apply_linear(const Tile& tile, Lines<const T> x, Lines<const T> residual, Lines<T> y,
                             const ForwardCoefficients<Acc<T>>& k, const activations::LinearPieces& linear) {
   const Pieces<T> pieces(linear);
-  if (residual.data) {
-    map<T, 2, 3>(tile, {x, residual}, y, {k.center, k.scale, k.shift}, [&](const Pack<T>* v, const Pack<T>* k) {
-      return pieces.value(fmadd(v[0] - k[0], k[1], k[2]) + v[1]);
-    });
-  } else {
-    map<T, 1, 3>(tile, {x}, y, {k.center, k.scale, k.shift},
-                 [&](const Pack<T>* v, const Pack<T>* k) { return pieces.value(fmadd(v[0] - k[0], k[1], k[2])); });
-  }
+  map_sum(tile, x, residual, y, k, [&](const Pack<T>& sum) { return pieces.value(sum); });
 }
 
 template <typename T>

@@ -57,24 +57,25 @@ NORMOPS_INLINE bool is_short(int64_t length) {
 // Sums of kTerms quantities along each of some lines: term(line, j, lanes, sums) adds the pack at j of a line to its
 // sums, take(line, totals) gets them in double. Which lines are taken together changes no bit.
 template <typename T, int kTerms, typename Term, typename Take>
-NORMOPS_INLINE void sums_of_lines(int64_t count, int64_t length, Term term, Take take) {
-  if (is_short<T>(length)) {
-    for (int64_t first = 0; first < count; first += kTogether<T>) {
-      const int64_t lines = std::min(kTogether<T>, count - first);
-      typename Pack<T>::Vec totals[kTogether<T> * kTerms];
-      for (int64_t i = 0; i < lines; ++i) {
-        lanes_along<T, kTerms, 2>(length, totals + i * kTerms,
-                                  [&](int64_t j, auto lanes, Pack<T>* sums) { term(first + i, j, lanes, sums); });
-      }
-      const auto sums = sums_of<T>(totals);
-      for (int64_t i = 0; i < lines; ++i) {
-        std::array<double, kTerms> own;
-        std::copy_n(sums.data() + i * kTerms, kTerms, own.begin());
-        take(first + i, own);
-      }
+NORMOPS_INLINE void sums_of_short_lines(int64_t count, int64_t length, Term term, Take take) {
+  for (int64_t first = 0; first < count; first += kTogether<T>) {
+    const int64_t lines = std::min(kTogether<T>, count - first);
+    typename Pack<T>::Vec totals[kTogether<T> * kTerms];
+    for (int64_t i = 0; i < lines; ++i) {
+      lanes_along<T, kTerms, 2>(length, totals + i * kTerms,
+                                [&](int64_t j, auto lanes, Pack<T>* sums) { term(first + i, j, lanes, sums); });
     }
-    return;
+    const auto sums = sums_of<T>(totals);
+    for (int64_t i = 0; i < lines; ++i) {
+      std::array<double, kTerms> own;
+      std::copy_n(sums.data() + i * kTerms, kTerms, own.begin());
+      take(first + i, own);
+    }
   }
+}
+template <typename T, int kTerms, typename Term, typename Take>
+NORMOPS_INLINE void sums_of_lines(int64_t count, int64_t length, Term term, Take take) {
+  if (is_short<T>(length)) return sums_of_short_lines<T, kTerms>(count, length, term, take);
   constexpr int64_t chunk = kTerms == 1 ? kChunk : kHalfChunk;
   for (int64_t line = 0; line < count; ++line) {
     std::array<double, kTerms> totals{};
@@ -205,18 +206,16 @@ struct AllValid {
 template <typename T, typename Which>
 NORMOPS_INLINE std::pair<double, double> chunk_moments(const T* x, int64_t begin, int64_t size, double inverse,
                                                        Acc<T> guess, const Which& valid) {
-  const auto deviations = [&](const Acc<T> center) {
-    return sum_along<T, 2>(size, [&](int64_t j, auto lanes, Pack<T>* sums) {
-      add_deviations(x + begin + j, valid.lanes(0, begin + j, lanes), center, sums);
+  for (bool last = false;; last = true) {
+    const auto sums = sum_along<T, 2>(size, [&](int64_t j, auto lanes, Pack<T>* sums) {
+      add_deviations(x + begin + j, valid.lanes(0, begin + j, lanes), guess, sums);
     });
-  };
-  auto sums = deviations(guess);
-  if (!guess_was_near(sums[0], sums[1], inverse)) {
+    if (last || guess_was_near(sums[0], sums[1], inverse)) {
+      const double low = sums[0] * inverse;
+      return {guess + low, sums[1] - sums[0] * low};
+    }
     guess = Acc<T>(guess + sums[0] * inverse);
-    sums = deviations(guess);
   }
-  const double low = sums[0] * inverse;
-  return {guess + low, sums[1] - sums[0] * low};
 }
 
 // The mean of four elements from all over.
@@ -266,7 +265,7 @@ NORMOPS_KERNEL moments_together(const Lines<const T>& x, int64_t count, int64_t 
   const auto add = [&](int64_t i, int64_t j, auto lanes, Pack<T>* s) {
     add_deviations(x[i] + j, valid.lanes(0, j, lanes), guess[i], s);
   };
-  sums_of_lines<T, 2>(count, length, add, [&](int64_t i, const std::array<double, 2>& sums) {
+  sums_of_short_lines<T, 2>(count, length, add, [&](int64_t i, const std::array<double, 2>& sums) {
     const auto [first, second] = sums;
     const double low = first * inverse;
     mean[i] = guess[i] + low;
@@ -295,22 +294,24 @@ NORMOPS_KERNEL moments_of_runs(const Lines<const T>& x, int64_t count, int64_t p
       }
       guess[i] = mean_of_four(places);
     }
-    const auto deviations = [&](int64_t from, int64_t to, auto take) {
-      const auto add = [&](int64_t i, int64_t position, int64_t j, auto lanes, Pack<T>* s) {
-        const T* const own = begin + position * x.stride + (from + i) * length + j;
-        add_deviations(own, valid.lanes(position, j, lanes), guess[from + i], s);
-      };
-      sums_of_runs<T, 2>(to - from, positions, length, add, take);
+    const auto add = [&](int64_t i, int64_t position, int64_t j, auto lanes, Pack<T>* s) {
+      const T* const own = begin + position * x.stride + i * length + j;
+      add_deviations(own, valid.lanes(position, j, lanes), guess[i], s);
     };
-    deviations(0, channels, [&](int64_t i, std::array<double, 2> sums) {
-      if (!guess_was_near(sums[0], sums[1], inverse)) [[unlikely]] {
-        guess[i] = A(guess[i] + sums[0] * inverse);
-        deviations(i, i + 1, [&](int64_t, const std::array<double, 2>& nearer) { sums = nearer; });
-      }
-      const double low = sums[0] * inverse;
-      mean[first + i] = guess[i] + low;
-      m2[first + i] = sums[1] - sums[0] * low;
-    });
+    bool near = false;
+    for (int pass = 0; pass < 2 && !near; ++pass) {
+      near = true;
+      sums_of_runs<T, 2>(channels, positions, length, add, [&](int64_t i, const std::array<double, 2>& sums) {
+        if (pass == 0 && !guess_was_near(sums[0], sums[1], inverse)) [[unlikely]] {
+          guess[i] = A(guess[i] + sums[0] * inverse);
+          near = false;
+        } else {
+          const double low = sums[0] * inverse;
+          mean[first + i] = guess[i] + low;
+          m2[first + i] = sums[1] - sums[0] * low;
+        }
+      });
+    }
   }
 }
 

@@ -31,6 +31,11 @@
 namespace normops::cpu::CPU_CAPABILITY {
 namespace {
 
+// Kernels with a mask are compiled with it and without; but once in the set without vector instructions, and those that
+// take sums once for types that few use: they ask at each pack.
+template <typename T>
+constexpr bool kRare = NORMOPS_PLAIN || !(std::is_same_v<T, float> || std::is_same_v<T, c10::BFloat16>);
+
 // How many elements of a pack are in memory: all of them, or (at the end of a line) the first `count`.
 struct Full {};
 struct Tail {
@@ -165,7 +170,7 @@ struct Pack : PackOrder<T> {
 
   // Zero, whatever it was, where a word has no bit set.
   NORMOPS_INLINE Pack masked_by(const A* words) const {
-    if (NORMOPS_PLAIN && !words) return *this;  // SomeValid in tiles.h
+    if (kRare<T> && !words) return *this;
     Pack result;
     for (int i = 0; i < kParts; ++i) result.part[i] = part[i] & Vec::loadu(words + i * kLanes);
     return result;

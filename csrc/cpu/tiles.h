@@ -41,12 +41,17 @@ struct Block {
     return (length() + Pack<T>::kSize - 1) / Pack<T>::kSize * Pack<T>::kSize;
   }
 
-  // f(position, lines, length) for the lines of whole length, then for what is left.
+  // f(position, lines, length) for the lines of whole length, then for what is left: in a loop, so that there is one f.
   template <typename F>
   void each(F f) const {
-    f(int64_t(0), whole_lines(), length());
+    struct Part {
+      int64_t position, lines, length;
+    };
     const int64_t left = positions % repeat;
-    if (left > 0) f(positions - left, int64_t(1), left * period());
+    const Part parts[] = {{0, whole_lines(), length()}, {positions - left, 1, left * period()}};
+    for (const Part& part : parts) {
+      if (part.length > 0) f(part.position, part.lines, part.length);
+    }
   }
 
   // The lines from a position on, `repeat` positions each.
@@ -57,7 +62,7 @@ struct Block {
 
   // `source` holds a value per channel of the block, `target` one per element of the line in pack order.
   template <typename T, typename S>
-  void spread(const S* source, Acc<T>* target) const {
+  NORMOPS_KERNEL spread(const S* source, Acc<T>* target) const {
     alignas(64) Acc<T> natural[kBlock];
     if (width == 1) {
       std::copy_n(source, channels, natural);
@@ -72,7 +77,7 @@ struct Block {
 
   // The reverse, summed: `target` has one value per channel.
   template <typename T>
-  void fold(const Acc<T>* source, double* target) const {
+  NORMOPS_KERNEL fold(const Acc<T>* source, double* target) const {
     using A = Acc<T>;
     alignas(64) A natural[kBlock];
     for (int64_t j = 0; j < length(); j += Pack<T>::kSize)
@@ -172,8 +177,7 @@ NORMOPS_KERNEL pack_valid(const Tile& tile, const bool* flags, Acc<T>* words) {
   }
 }
 
-// Those elements that a tile's words say. The set without vector instructions asks at each pack whether there are
-// words, so that its kernels need not be compiled twice.
+// Those elements that a tile's words say; or all of them where masks are asked for and there is none.
 template <typename T>
 class SomeValid {
  public:
@@ -182,7 +186,7 @@ class SomeValid {
         words_(valid_ ? static_cast<const Acc<T>*>(valid_->words) : nullptr),
         stride_(!valid_ || tile.layout == Layout::kContiguous ? 0 : valid_->row) {}
 
-  NORMOPS_INLINE bool all() const { return NORMOPS_PLAIN && !valid_; }
+  NORMOPS_INLINE bool all() const { return kRare<T> && !valid_; }
 
   // Of a line, or of a run at a position.
   NORMOPS_INLINE const Acc<T>* words(int64_t line, int64_t j) const {
@@ -234,24 +238,28 @@ class SomeValid {
 };
 
 // f(what of the tile is valid)
-template <typename T, typename F>
+template <typename T, bool kAsk = kRare<T>, typename F>
 NORMOPS_INLINE void with_valid(const Tile& tile, const F& f) {
-  if (tile.valid || NORMOPS_PLAIN)
+  if (kAsk || tile.valid)
     f(SomeValid<T>(tile));
-  else
+  else if constexpr (!kAsk)
     f(AllValid{});
 }
 
 // out = f(values, coefficients) for every pack of the tile: `values` from each of the inputs, `coefficients` from
 // each of the arrays, which hold one value per channel. `out` is of the inputs' type or of the arithmetic's, and zero
-// where it is not valid.
-template <typename T, int kInputs, int kArrays, typename Out, typename F, typename Which = AllValid>
+// where it is not valid. kOptional: the last input may be absent, its data null; f then gets zeros.
+template <typename T, int kInputs, int kArrays, bool kOptional = false, typename Out, typename F,
+          typename Which = AllValid>
 void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> out,
          const Acc<T>* const (&arrays)[kArrays], F f, const Which& valid = {}) {
+  const auto is_absent = [&](int i) { return kOptional && i == kInputs - 1 && inputs[i].data == nullptr; };
   const auto run = [&](const T* const(&from)[kInputs], Out* to, int64_t length, auto load, auto clear) {
     sweep<T, 2>(length, [&](int64_t j, auto lanes, auto) {
       Pack<T> values[kInputs], coefficients[kArrays];
-      for (int i = 0; i < kInputs; ++i) values[i] = Pack<T>::load(from[i] + j, lanes);
+      for (int i = 0; i < kInputs; ++i) {
+        if (!is_absent(i)) values[i] = Pack<T>::load(from[i] + j, lanes);
+      }
       for (int k = 0; k < kArrays; ++k) coefficients[k] = load(k, j);
       const Pack<T> result = clear(f(values, coefficients), j);
       if constexpr (std::is_same_v<Out, T>)
@@ -270,7 +278,9 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> o
   };
   if (tile.layout == Layout::kContiguous) {
     for (int64_t c = 0; c < tile.channels; ++c) {
-      for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][c];
+      for (int i = 0; i < kInputs; ++i) {
+        if (!is_absent(i)) from[i] = inputs[i][c];
+      }
       one_channel(c, 0, out[c], tile.positions);
     }
     return;
@@ -278,7 +288,9 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> o
   if (is_in_runs(tile)) {
     for (int64_t position = 0; position < tile.positions; ++position) {
       for (int64_t c = 0; c < tile.channels; ++c) {
-        for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][position] + c * tile.width;
+        for (int i = 0; i < kInputs; ++i) {
+          if (!is_absent(i)) from[i] = inputs[i][position] + c * tile.width;
+        }
         one_channel(c, position, out[position] + c * tile.width, tile.width);
       }
     }
@@ -290,7 +302,9 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> o
     const auto own = valid.of_blocks(block.length());
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       for (int64_t line = 0; line < lines; ++line) {
-        for (int i = 0; i < kInputs; ++i) from[i] = block.lines(inputs[i], position)[line];
+        for (int i = 0; i < kInputs; ++i) {
+          if (!is_absent(i)) from[i] = block.lines(inputs[i], position)[line];
+        }
         const int64_t row = position / block.repeat + line;
         run(
             from, block.lines(out, position)[line], length,

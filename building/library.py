@@ -21,6 +21,7 @@ KERNEL_FLAGS_GCC = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Compiled once for each instruction set.
 KERNELS = [f"cpu/{engine}_{way}.cpp" for engine in ("row", "channel") for way in ("forward", "backward")]
 KERNELS += ["cpu/epilogue.cpp"]
+PYTHON = ("module.cpp", "python_calls.cpp")  # whose header wants to be the first
 
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
 X86 = {
@@ -87,15 +88,14 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
 
 
 def _units(csrc, cuda):
-    """Files that call torch are compiled together: its headers take longer to read than the files, and those of Python,
-    pybind11 and autograd once more."""
-    units = {"operators": [], "autograd": [], "python": []}
-    for source in sorted(csrc.rglob("*.cpp")):
+    """Files that call torch are compiled together, as its headers take longer to read than the files: those that need
+    autograd's or Python's, which include each other's, and the others."""
+    units = {"operators": [], "autograd": []}
+    for source in sorted(csrc.rglob("*.cpp"), key=lambda path: (path.name not in PYTHON, path)):
         path = source.relative_to(csrc)
         if str(path) in KERNELS or (path.parts[0] == "cuda" and not cuda):
             continue
-        python = path.name in ("module.cpp", "python_calls.cpp")
-        units["python" if python else "autograd" if path.parts[0] == "autograd" else "operators"].append(source)
+        units["autograd" if path.parts[0] == "autograd" or path.name in PYTHON else "operators"].append(source)
     return units
 
 

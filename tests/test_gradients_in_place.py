@@ -198,6 +198,21 @@ def test_gradients_that_are_kept():
     assert torch.equal(views[0], factors.view(-1))
 
 
+def test_hooks_of_modules():
+    """They are shown the gradient as it came, after those of the inputs are there."""
+    layer, seen = normops.LayerNorm(6), []
+    x, factors = torch.randn(5, 6, requires_grad=True), torch.rand(5, 6)
+    layer.register_full_backward_hook(lambda module, grad_input, grad_output: seen.extend(grad_output))
+    (layer(x) * factors).sum().backward()
+    assert torch.equal(seen[0], factors)
+
+    # Both gradients are asked for.
+    layer = normops.LayerNorm(6)
+    output = layer(x)
+    of_output, _ = torch.autograd.grad((output * factors).sum(), [output, x])
+    assert torch.equal(of_output, factors)
+
+
 def test_graphs_and_modes():
     layer = normops.LayerNorm(6)
     x = torch.randn(5, 6, requires_grad=True)

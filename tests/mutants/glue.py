@@ -275,4 +275,20 @@ FAULTS = [
         "",
         "test_accelerate.py -k 'switch and not emulated'",
     ),
+    Fault(
+        "gradient_of_others",
+        "case left out",
+        "csrc/autograd/function.h",
+        "grad.use_count() != 1 || ",
+        "",
+        "test_gradients_in_place.py -k kept",
+    ),
+    Fault(
+        "memory_of_an_array",
+        "case left out",
+        "csrc/autograd/function.h",
+        "return allocated && ",
+        "return ",
+        "test_gradients_in_place.py -k 'its_own'",
+    ),
 ]

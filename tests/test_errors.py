@@ -237,6 +237,8 @@ PRIVATE = {
         "gradient dtype": (X.double(), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
         "transposed gradient": (X.mT.clone(), X.mT, 1, ROWS, ROWS, None, 1e-5, True, MASK),
         "expanded gradient": (X[:1].clone().expand_as(X), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "gradient with a gradient": (X.clone().requires_grad_(), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
+        "gradient in the input": (X, X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
         "channels of a transposed gradient": (X.mT.clone().mT, X, 0, ROWS.mT, ROWS.mT, None, 1e-5, True, MASK),
     },
     "_channel_norm": {

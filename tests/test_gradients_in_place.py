@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import CASES, DTYPES, OVER_CHANNELS, SHAPE, each
+from cases import CASES, DTYPES, OVER_CHANNELS, SHAPE, Sample, each, each_channel_case
 from layouts import each_memory_format, misaligned
 from test_extremes import sample_of as extreme_sample
 from torch import nn
@@ -32,18 +32,24 @@ def like(output):
     return torch.empty_like(output).copy_(factors)
 
 
-def gradients(sample, keep):
-    """Of the input and the parameters; the gradient of the output is kept by somebody else, or by nobody."""
+def gradients(sample, keep, **more):
+    """Of all leaves; the gradient of the output is kept by somebody else, or by nobody."""
     kept = []
-    leaves = [sample.input, *sample.parameters.values()]
+    leaves = [sample.input, *sample.parameters.values(), *([more["residual"]] if "residual" in more else [])]
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
     for leaf in leaves:
         leaf.grad = None
-    output = sample.run()
+    output = sample.run(**more)
     if keep:
         output.register_hook(kept.append)
     product = (output * like(output)).sum()
     assert in_place(product.backward) == [not keep]
     return [leaf.grad for leaf in leaves]
+
+
+def check_bits(sample, **more):
+    for result, expected in zip(gradients(sample, False, **more), gradients(sample, True, **more), strict=True):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"], ids=str)
@@ -55,8 +61,7 @@ def test_same_bits(case, memory_format, dtype, activation):
     if not case.row_dims:  # LayerNorm's output is contiguous, as torch's
         sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))
     sample.fixed["activation"] = activation
-    for result, expected in zip(gradients(sample, keep=False), gradients(sample, keep=True), strict=True):
-        assert torch.equal(result, expected)
+    check_bits(sample)
 
 
 @pytest.mark.parametrize("shape", [(9, 6, 1, 1), (5, 6, 7, 7), (2, 6, 3, 3000), (12, 6, 8, 300)], ids=str)
@@ -64,8 +69,7 @@ def test_same_bits(case, memory_format, dtype, activation):
 def test_same_bits_in_shapes(case, shape):
     """Narrow, short and long lines, more rows than are taken at a time."""
     sample = case.sample(case.enough(shape))
-    for result, expected in zip(gradients(sample, keep=False), gradients(sample, keep=True), strict=True):
-        assert torch.equal(result, expected)
+    check_bits(sample)
 
 
 @pytest.mark.parametrize("size", [1e20, 1e-30], ids=str)
@@ -73,24 +77,77 @@ def test_same_bits_in_shapes(case, shape):
 def test_same_bits_of_extremes(case, size):
     """Those elements are taken a second time."""
     sample = extreme_sample(case, size, eps=1e-70)
-    for result, expected in zip(gradients(sample, keep=False), gradients(sample, keep=True), strict=True):
-        assert torch.equal(result, expected) and result.isfinite().all()
+    check_bits(sample)
 
 
-def test_masks_and_parameters_of_samples():
-    x = torch.randn(SHAPE)
-    mask = torch.rand(SHAPE[0], *SHAPE[2:]) > 0.3
-    weight = torch.rand(SHAPE[:2])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_with_channels
+def test_same_bits_with_a_residual(case, dtype, activation):
+    """Its gradient goes to memory of its own, and is the first step of the input's."""
+    sample = case.sample(dtype=dtype)
+    residual = torch.randn(SHAPE).to(dtype).requires_grad_()
+    check_bits(sample, residual=residual, activation=activation)
 
-    def gradient(keep):
-        kept, input = [], x.clone().requires_grad_()
-        output = F.group_norm(input, 3, weight, mask=mask)
-        if keep:
-            output.register_hook(kept.append)
-        assert in_place((output * like(output)).sum().backward) == [not keep]
-        return input.grad
 
-    assert torch.equal(gradient(False), gradient(True))
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, (9, 6, 1000)], ids=str)
+@each_memory_format
+@each_channel_case
+def test_same_bits_with_a_mask(case, memory_format, shape, dtype, activation):
+    sample = case.sample(shape, dtype=dtype)
+    if len(shape) == 4:
+        sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))
+    positions = F.length_mask(torch.linspace(2, shape[-1], shape[0]).long(), shape[-1])
+    mask = positions if len(shape) == 3 else positions[:, None] & (torch.rand(shape[0], *shape[2:]) > 0.2)
+    check_bits(sample, mask=mask, activation=activation)
+
+
+@pytest.mark.parametrize("shape", [(12, 6, 8, 300), (2, 6, 3, 3000)], ids=str)
+@each_channel_case
+def test_same_bits_with_parameters_of_samples(case, shape):
+    if case.given_stats:
+        pytest.skip("parameters of samples go with statistics of the input")
+    sample = case.sample(shape)
+    sample.parameters = {name: torch.randn(shape[:2], requires_grad=True) for name in sample.parameters}
+    check_bits(sample)
+
+
+def test_same_bits_with_parameters_of_rows():
+    weight, bias = torch.randn(2, 4, 1, 48, requires_grad=True)
+    sample = Sample(CASES[7], torch.randn(4, 9, 48, requires_grad=True), {}, {"normalized_shape": (48,)})
+    assert sample.case.op == "layer_norm"
+    check_bits(sample, weight=weight, bias=bias)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+@each_with_channels
+def test_same_bits_with_frozen_parameters(case, frozen):
+    sample = case.sample((9, *SHAPE[1:]))
+    for name, parameter in sample.parameters.items():
+        parameter.requires_grad_(frozen not in (name, "both"))
+    check_bits(sample)
+
+
+@each_with_channels
+def test_same_bits_from_the_output(case):
+    if case.over_channels or case.given_stats:
+        pytest.skip("keeps its input")
+    check_bits(case.sample(), memory_efficient=True)
+
+
+@pytest.mark.parametrize("threads", [3])
+@each_with_channels
+def test_same_bits_with_threads(case, threads):
+    before = torch.get_num_threads()
+    sample = case.sample((4, 64, 24, 24))
+    check_bits(sample)
+    try:
+        torch.set_num_threads(threads)
+        check_bits(sample)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sum_of_two():
@@ -234,6 +291,17 @@ def test_graphs_and_modes():
     with Names():
         product.backward()
     assert "normops::_row_norm_backward" in names and "normops::_row_norm_backward_" not in names
+
+
+def test_result_is_no_view():
+    """Also where the gradient came as one: what was allowed with the result before still is."""
+    x = torch.randn(5, 6, requires_grad=True)
+    results = []
+    for layer in (normops.LayerNorm(6), normops.BatchNorm1d(6)):
+        loss = (layer(x).reshape(-1) * torch.rand(30)).sum()
+        assert in_place(lambda loss=loss: results.extend(torch.autograd.grad(loss, x))) == [True]
+        assert not results[-1]._is_view()
+        results[-1].detach_().mul_(torch.ones(6, requires_grad=True))
 
 
 def test_less_memory():

@@ -72,12 +72,12 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
       if (derivative_from_output(extras.activation))
         extras.output = saved[0];  // which knows the sign of what is near zero
     }
-    std::optional<InPlaceOfOutput> place;
-    if (wanted[0] && !same) place.emplace(extras, grads[0], input.suggest_memory_format());
+    const InPlaceOfOutput place(wanted[0] && !same, grads[0], input.suggest_memory_format(), saved);
+    extras.in_place = bool(place);
     auto [dx, dweight, dbias, dresidual] =
         ops::channel_norm_backward(grads[0], input, mean, saved[3], saved[1], groups_of(mean), is_over_batch(mean), eps,
                                    input_stats, wanted, extras);
-    return {dx, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}, {}, {}, {}};
+    return {place.own(dx), dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 

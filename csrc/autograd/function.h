@@ -68,25 +68,34 @@ inline bool is_last_owner(const at::Tensor& grad) {
                                         c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
   if (grad.use_count() != 1 || grad.key_set() != kPlain) return false;
   const c10::Storage& storage = grad.storage();
-  const bool base = grad.is_view() && grad._base().use_count() == 1;     // which only this view keeps
-  const bool allocated = storage.allocator() == c10::GetCPUAllocator();  // and not, say, an array of numpy
+  const bool base = grad.is_view() && grad._base().use_count() == 1;  // which only this view keeps
+  // And not, say, that of an array, or copied when it is written.
+  const bool allocated = storage.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
   return allocated && storage.nbytes() == grad.nbytes() && storage.use_count() == size_t(base ? 2 : 1);
 }
 
 // Has a backward write the gradient of the input where that of the output was, if the node is the last to read that:
-// it spares a quarter of the memory traffic, and the system's clearing of new memory. Elsewhere than on the CPU, whose
-// allocator keeps nothing, there is little to spare. `format` is the layout of the gradient to come.
+// it spares a quarter of the memory traffic, and new memory, which the system may have to clear first. Elsewhere than
+// on the CPU, whose allocator keeps nothing, there is little to spare.
 class InPlaceOfOutput {
  public:
-  InPlaceOfOutput(BackwardExtras& extras, const at::Tensor& grad, at::MemoryFormat format) {
-    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set()) return;
+  // `format` is the layout of the gradient to come; `saved` is what it is made from besides.
+  InPlaceOfOutput(bool possible, const at::Tensor& grad, at::MemoryFormat format, const variable_list& saved) {
+    if (!possible || at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set()) return;
     if (in_functorch() || has_tangent(grad) || !grad.is_contiguous(format) || !is_last_owner(grad)) return;
-    extras.in_place = true;
+    for (const at::Tensor& tensor : saved) {
+      if (tensor.defined() && tensor.key_set().has_any(c10::python_ks)) return;
+    }
     below_.emplace();
   }
 
+  explicit operator bool() const { return below_.has_value(); }
+
+  // The result is a tensor of its own, also where what it took the place of was a view.
+  at::Tensor own(const at::Tensor& dx) const { return below_ && dx.is_view() ? dx.variable_data() : dx; }
+
  private:
-  std::optional<at::AutoDispatchBelowADInplaceOrView> below_;  // nothing else has such an operator
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_;  // such an operator has kernels for the CPU alone
 };
 
 // The extras of a layer that has some, in entries that others do without.

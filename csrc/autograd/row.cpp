@@ -68,11 +68,11 @@ struct RowNorm : torch::autograd::Function<RowNorm> {
       if (derivative_from_output(extras.activation))
         extras.output = saved[0];  // which knows the sign of what is near zero
     }
-    std::optional<InPlaceOfOutput> place;
-    if (wanted[0] && !same) place.emplace(extras, grads[0], at::MemoryFormat::Contiguous);
+    const InPlaceOfOutput place(wanted[0] && !same, grads[0], at::MemoryFormat::Contiguous, saved);
+    extras.in_place = bool(place);
     auto [dx, dweight, dbias, dresidual] = ops::row_norm_backward(
         grads[0], input, layer.normalized_ndim, mean, saved[3], saved[1], layer.eps, layer.centered, wanted, extras);
-    return {dx, {}, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}};
+    return {place.own(dx), {}, dweight, dbias, same ? grads[0] : dresidual, {}, {}, {}, {}};
   }
 };
 
@@ -99,11 +99,12 @@ struct AddRowNorm : torch::autograd::Function<AddRowNorm> {
     BackwardExtras extras = saved_extras(ctx);
     extras.grad_sum = grads[1];
     const Mask4 wanted = gradients_wanted(ctx, saved[1].defined(), layer.has_bias, false, 2);
-    std::optional<InPlaceOfOutput> place;
-    if (wanted[0]) place.emplace(extras, grads[0], at::MemoryFormat::Contiguous);
+    const InPlaceOfOutput place(wanted[0], grads[0], at::MemoryFormat::Contiguous, saved);
+    extras.in_place = bool(place);
     auto [dx, dweight, dbias, none] =
         ops::row_norm_backward(grads[0], saved[0], layer.normalized_ndim, saved[2], saved[3], saved[1], layer.eps,
                                layer.centered, wanted, extras);
+    dx = place.own(dx);
     return {dx, dx, {}, dweight, dbias, {}, {}, {}};
   }
 };

@@ -273,12 +273,12 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
       if (mask && mask->elements_of_row(row) == 0) return;
       const bool exact = is_extreme_variance<T>(stat_var[group] + eps);
-      const double low = exact ? 0 : SplitMean<A>(stat_mean[group]).low;
+      const double low = SplitMean<A>(stat_mean[group]).low;
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t at = set * set_segments * C + c;
         for (int64_t i = at, end = i + g.group_size(); i < end; ++i) {
-          sum_dy_x[i] = (sum_dy_x[i] - low * sum_dy[i]) * rstd;
+          sum_dy_x[i] = (exact ? sum_dy_x[i] : sum_dy_x[i] - low * sum_dy[i]) * rstd;
         }
       }
     });

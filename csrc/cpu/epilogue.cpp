@@ -166,33 +166,31 @@ struct Pieces {
   }
 };
 
-// out = f((x - center) * scale + shift + residual), the last of which may be absent.
-template <typename T, typename Out, typename F>
-NORMOPS_INLINE void map_sum(const Tile& tile, const Lines<const T>& x, const Lines<const T>& residual, Lines<Out> out,
-                            const ForwardCoefficients<Acc<T>>& k, F f) {
-  const auto norm = [](const Pack<T>& x, const Pack<T>* k) { return fmadd(x - k[0], k[1], k[2]); };
-  const auto sum = [&](const Pack<T>* v, const Pack<T>* k) {
-    return f(NORMOPS_PLAIN && !residual.data ? norm(v[0], k) : norm(v[0], k) + v[1]);
-  };
-  if (NORMOPS_PLAIN || residual.data)
-    map<T, 2, 3, NORMOPS_PLAIN>(tile, {x, residual}, out, {k.center, k.scale, k.shift}, sum);
-  else if constexpr (!NORMOPS_PLAIN)
-    map<T, 1, 3>(tile, {x}, out, {k.center, k.scale, k.shift},
-                 [&](const Pack<T>* v, const Pack<T>* k) { return f(norm(v[0], k)); });
-}
-
 // z = (x - center) * scale + shift + residual
 template <typename T>
 NORMOPS_KERNEL pre_activation(const Tile& tile, Lines<const T> x, Lines<const T> residual, Lines<Acc<T>> z,
                               const ForwardCoefficients<Acc<T>>& k) {
-  map_sum(tile, x, residual, z, k, [](const Pack<T>& sum) { return sum; });
+  if (residual.data) {
+    map<T, 2, 3>(tile, {x, residual}, z, {k.center, k.scale, k.shift},
+                 [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]) + v[1]; });
+  } else {
+    map<T, 1, 3>(tile, {x}, z, {k.center, k.scale, k.shift},
+                 [](const Pack<T>* v, const Pack<T>* k) { return fmadd(v[0] - k[0], k[1], k[2]); });
+  }
 }
 
 template <typename T>
 NORMOPS_KERNEL apply_linear(const Tile& tile, Lines<const T> x, Lines<const T> residual, Lines<T> y,
                             const ForwardCoefficients<Acc<T>>& k, const activations::LinearPieces& linear) {
   const Pieces<T> pieces(linear);
-  map_sum(tile, x, residual, y, k, [&](const Pack<T>& sum) { return pieces.value(sum); });
+  if (residual.data) {
+    map<T, 2, 3>(tile, {x, residual}, y, {k.center, k.scale, k.shift}, [&](const Pack<T>* v, const Pack<T>* k) {
+      return pieces.value(fmadd(v[0] - k[0], k[1], k[2]) + v[1]);
+    });
+  } else {
+    map<T, 1, 3>(tile, {x}, y, {k.center, k.scale, k.shift},
+                 [&](const Pack<T>* v, const Pack<T>* k) { return pieces.value(fmadd(v[0] - k[0], k[1], k[2])); });
+  }
 }
 
 template <typename T>

@@ -69,49 +69,48 @@ void mend_rows(const RowForward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// dx of rows that the kernel cannot know better, kept until it has been there: dx may take the place of dy.
 template <typename T>
-class ExtremeRows {
- public:
-  ExtremeRows(const RowBackward<T>& a, int64_t begin, int64_t end) : a_(a) {
-    for (int64_t row = begin; a.dx.data && row < end; ++row) {
-      const double mean = a.mean[row], rstd = a.rstd[row];
-      if (!is_extreme<T>(rstd) || !std::isfinite(rstd) || rstd == 0) continue;
-      rows_.push_back(row);
-      const T *const dy = a.dy[row], *const x = a.x[row];
-      const auto g = [&](int64_t j) { return double(dy[j]) * (a.weight ? double(a.weight[packed<T>(j)]) : 1.0); };
-      double sum_g = 0, sum_g_xhat = 0;
-      for (int64_t j = 0; j < a.length; ++j) {
-        sum_g += g(j);
-        sum_g_xhat += g(j) * (double(x[j]) - mean) * rstd;
-      }
-      const double mean_g = a.centered ? sum_g / a.length : 0, along = sum_g_xhat / a.length;
-      for (int64_t j = 0; j < a.length; ++j) {
-        results_.push_back(T(Acc<T>(rstd * (g(j) - mean_g - (double(x[j]) - mean) * rstd * along))));
-      }
-    }
-  }
+bool is_extreme_row(const RowBackward<T>& a, int64_t row) {
+  return a.dx.data && is_extreme<T>(a.rstd[row]) && std::isfinite(a.rstd[row]) && a.rstd[row] != 0;
+}
 
-  void store() const {
-    auto next = results_.begin();
-    for (const int64_t row : rows_) {
-      std::copy_n(next, a_.length, a_.dx[row]);
-      next += a_.length;
-    }
-  }
-
- private:
-  const RowBackward<T>& a_;
-  std::vector<int64_t> rows_;
-  std::vector<T> results_;
-};
-
-// Gradients of rows, all of them right.
 template <typename T>
-void row_backward(const RowBackward<T>& a, int64_t begin, int64_t end) {
-  const ExtremeRows<T> extremes(a, begin, end);
+void extreme_row_backward(const RowBackward<T>& a, int64_t row, T* dx) {
+  const double mean = a.mean[row], rstd = a.rstd[row];
+  const T *const dy = a.dy[row], *const x = a.x[row];
+  const auto g = [&](int64_t j) { return double(dy[j]) * (a.weight ? double(a.weight[packed<T>(j)]) : 1.0); };
+  double sum_g = 0, sum_g_xhat = 0;
+  for (int64_t j = 0; j < a.length; ++j) {
+    sum_g += g(j);
+    sum_g_xhat += g(j) * (double(x[j]) - mean) * rstd;
+  }
+  const double mean_g = a.centered ? sum_g / a.length : 0, along = sum_g_xhat / a.length;
+  for (int64_t j = 0; j < a.length; ++j) {
+    dx[j] = T(Acc<T>(rstd * (g(j) - mean_g - (double(x[j]) - mean) * rstd * along)));
+  }
+}
+
+// The kernel, and again those rows that it could not know better: before it, where dx takes the place of dy.
+template <typename T>
+void row_backward_and_extremes(const RowBackward<T>& a, int64_t begin, int64_t end) {
+  const bool in_place = a.dx.data == a.dy.data;
+  std::vector<T> kept;
+  for (int64_t row = begin; in_place && row < end; ++row) {
+    if (!is_extreme_row(a, row)) continue;
+    kept.resize(kept.size() + a.length);
+    extreme_row_backward(a, row, kept.data() + kept.size() - a.length);
+  }
   kernels().of<T>().row_backward(a, begin, end);
-  extremes.store();
+  auto next = kept.begin();
+  for (int64_t row = begin; row < end; ++row) {
+    if (!is_extreme_row(a, row)) continue;
+    if (!in_place) {
+      extreme_row_backward(a, row, a.dx[row]);
+      continue;
+    }
+    std::copy_n(next, a.length, a.dx[row]);
+    next += a.length;
+  }
 }
 
 // f(line, j, i) for every element of a channel of a tile, the i-th.

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
@@ -47,6 +49,9 @@ inline at::Tensor place_of_gradient(bool in_place, const at::Tensor& grad_output
               "normops: expected grad_output, which is to be overwritten, to be ", input.scalar_type(), " of shape ",
               input.sizes(), " and contiguous in ", format, ", got ", grad_output.scalar_type(), " of shape ",
               grad_output.sizes(), " with strides ", grad_output.strides());
+  TORCH_CHECK(!at::GradMode::is_enabled() || !grad_output.requires_grad(),
+              "normops: grad_output, which is to be overwritten, may not require a gradient");
+  at::assert_no_overlap(grad_output, input);
   return grad_output;
 }
 

@@ -376,11 +376,11 @@ Tensors4 row_norm_backward(bool in_place, const at::Tensor& grad_output, const a
     each_block(plain, [&](RowBackward<scalar_t> args, int64_t set, int64_t begin, int64_t end) {
       args.weight = w.data(set);
       if (!summand.data || !to.data) {
-        row_backward(args, begin, end);
+        row_backward_and_extremes(args, begin, end);
         return;
       }
       for_row_pieces(begin, end, rows_together_backward(length), [&](int64_t row, int64_t count) {
-        row_backward(args, row, row + count);
+        row_backward_and_extremes(args, row, row + count);
         kernel.sum_lines(read_only(from_row(to, row)), from_row(summand, row), from_row(to, row), count, length);
       });
     });

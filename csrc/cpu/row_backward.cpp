@@ -72,7 +72,7 @@ NORMOPS_INLINE void rows_backward(const RowBackward<T>& a, int64_t row, int64_t 
 
 // dx row by row, so that memory is read and written in turns; and then, for some rows together, the sums for dweight
 // and dbias, whose stores would otherwise queue behind those to dx, which wait for memory. Where dx takes the place of
-// dy, it is there already, and the sums have to be first.
+// dy, that memory is in the cache already, and the sums have to be first.
 template <typename T, bool kWeight>
 NORMOPS_KERNEL row_backward(RowBackward<T> a, int64_t begin, int64_t end) {  // a copy, as in row_forward
   if (a.length == 0) return;

@@ -129,7 +129,7 @@ void backward_epilogue(const RowBackward<Acc<T>>& layer, Lines<const T> dy, Line
     }
     part.mean += row;
     part.rstd += row;
-    row_backward(part, 0, count);
+    row_backward_and_extremes(part, 0, count);
     if constexpr (!kWide) {
       if (dx.data) kernel.narrow_lines(read_only(part.dx), from_row(dx, row), count, length);
     }

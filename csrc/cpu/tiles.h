@@ -248,18 +248,14 @@ NORMOPS_INLINE void with_valid(const Tile& tile, const F& f) {
 
 // out = f(values, coefficients) for every pack of the tile: `values` from each of the inputs, `coefficients` from
 // each of the arrays, which hold one value per channel. `out` is of the inputs' type or of the arithmetic's, and zero
-// where it is not valid. kOptional: the last input may be absent, its data null; f then gets zeros.
-template <typename T, int kInputs, int kArrays, bool kOptional = false, typename Out, typename F,
-          typename Which = AllValid>
+// where it is not valid.
+template <typename T, int kInputs, int kArrays, typename Out, typename F, typename Which = AllValid>
 void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> out,
          const Acc<T>* const (&arrays)[kArrays], F f, const Which& valid = {}) {
-  const auto is_absent = [&](int i) { return kOptional && i == kInputs - 1 && inputs[i].data == nullptr; };
   const auto run = [&](const T* const(&from)[kInputs], Out* to, int64_t length, auto load, auto clear) {
     sweep<T, 2>(length, [&](int64_t j, auto lanes, auto) {
       Pack<T> values[kInputs], coefficients[kArrays];
-      for (int i = 0; i < kInputs; ++i) {
-        if (!is_absent(i)) values[i] = Pack<T>::load(from[i] + j, lanes);
-      }
+      for (int i = 0; i < kInputs; ++i) values[i] = Pack<T>::load(from[i] + j, lanes);
       for (int k = 0; k < kArrays; ++k) coefficients[k] = load(k, j);
       const Pack<T> result = clear(f(values, coefficients), j);
       if constexpr (std::is_same_v<Out, T>)
@@ -278,9 +274,7 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> o
   };
   if (tile.layout == Layout::kContiguous) {
     for (int64_t c = 0; c < tile.channels; ++c) {
-      for (int i = 0; i < kInputs; ++i) {
-        if (!is_absent(i)) from[i] = inputs[i][c];
-      }
+      for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][c];
       one_channel(c, 0, out[c], tile.positions);
     }
     return;
@@ -288,9 +282,7 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> o
   if (is_in_runs(tile)) {
     for (int64_t position = 0; position < tile.positions; ++position) {
       for (int64_t c = 0; c < tile.channels; ++c) {
-        for (int i = 0; i < kInputs; ++i) {
-          if (!is_absent(i)) from[i] = inputs[i][position] + c * tile.width;
-        }
+        for (int i = 0; i < kInputs; ++i) from[i] = inputs[i][position] + c * tile.width;
         one_channel(c, position, out[position] + c * tile.width, tile.width);
       }
     }
@@ -302,9 +294,7 @@ void map(const Tile& tile, const Lines<const T> (&inputs)[kInputs], Lines<Out> o
     const auto own = valid.of_blocks(block.length());
     block.each([&](int64_t position, int64_t lines, int64_t length) {
       for (int64_t line = 0; line < lines; ++line) {
-        for (int i = 0; i < kInputs; ++i) {
-          if (!is_absent(i)) from[i] = block.lines(inputs[i], position)[line];
-        }
+        for (int i = 0; i < kInputs; ++i) from[i] = block.lines(inputs[i], position)[line];
         const int64_t row = position / block.repeat + line;
         run(
             from, block.lines(out, position)[line], length,

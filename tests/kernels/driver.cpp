@@ -226,6 +226,14 @@ void rows(const Kernels<T>& kernel, Bytes& bytes) {
     }
   });
   expect(!input || finite(dx.get(), count * length), "a gradient of rows is not finite");
+  if (input) {
+    RowBackward<T> in_place = backward;
+    in_place.dx = {dy.get(), stride};
+    kernel.row_backward(in_place, 0, count);
+    for (int64_t i = 0; i < count; ++i) {
+      expect(std::memcmp(dy.get() + i * stride, dx.get() + i * length, length * sizeof(T)) == 0, "a row in place");
+    }
+  }
   const Block<A> total(length);
   kernel.sum_blocks(blocks.get(), ranges, 2 * padded, length, total.get());
   expect(finite(total.get(), length), "a gradient of a weight is not finite");

@@ -239,7 +239,7 @@ PRIVATE = {
         "expanded gradient": (X[:1].clone().expand_as(X), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
         "gradient with a gradient": (X.clone().requires_grad_(), X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
         "gradient in the input": (X, X, 1, ROWS, ROWS, None, 1e-5, True, MASK),
-        "channels of a transposed gradient": (X.mT.clone().mT, X, 0, ROWS.mT, ROWS.mT, None, 1e-5, True, MASK),
+        "channels of a transposed gradient": (X.mT.contiguous().mT, X, 0, ROWS.mT, ROWS.mT, None, 1e-5, True, MASK),
     },
     "_channel_norm": {
         "right": (X, None, None, None, None, 6, True, 1e-5),
@@ -270,7 +270,7 @@ PRIVATE = {
         "right": (X.clone(), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
         "gradient": (X[:3].clone(), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
         "gradient dtype": (X.half(), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
-        "transposed gradient": (X.mT.clone().mT, X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
+        "transposed gradient": (X.mT.contiguous().mT, X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
         "expanded gradient": (X[:1].clone().expand_as(X), X, CHANNELS, CHANNELS, None, 6, True, 1e-5, True, MASK),
     },
     "_channel_moments": {

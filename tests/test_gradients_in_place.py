@@ -105,10 +105,8 @@ def test_same_bits_with_a_mask(case, memory_format, shape, dtype, activation):
 
 
 @pytest.mark.parametrize("shape", [(12, 6, 8, 300), (2, 6, 3, 3000)], ids=str)
-@each_channel_case
+@each([case for case in CASES if not (case.row_dims or case.given_stats)])
 def test_same_bits_with_parameters_of_samples(case, shape):
-    if case.given_stats:
-        pytest.skip("parameters of samples go with statistics of the input")
     sample = case.sample(shape)
     sample.parameters = {name: torch.randn(shape[:2], requires_grad=True) for name in sample.parameters}
     check_bits(sample)
@@ -130,10 +128,8 @@ def test_same_bits_with_frozen_parameters(case, frozen):
     check_bits(sample)
 
 
-@each_with_channels
+@each([case for case in CASES if not case.given_stats])
 def test_same_bits_from_the_output(case):
-    if case.over_channels or case.given_stats:
-        pytest.skip("keeps its input")
     check_bits(case.sample(), memory_efficient=True)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, DTYPES, OVER_CHANNELS, SHAPE, Sample, each, each_channel_case
-from layouts import each_memory_format, misaligned
+from layouts import each_memory_format
 from test_extremes import sample_of as extreme_sample
 from torch import nn
 from torch.autograd.profiler import profile
@@ -180,47 +180,38 @@ def test_chain():
     assert in_place(output.sum().backward) == [True, False, True]
 
 
-class Hold(torch.autograd.Function):
-    """Hands on what is made of the gradient, of which something else may be kept."""
+class Array(torch.autograd.Function):
+    """Hands on a gradient in the memory of an array, which is kept."""
+
+    kept = np.empty(0)
 
     @staticmethod
-    def forward(ctx, input, make):
-        ctx.make = make
+    def forward(ctx, input):
         return input.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.make(grad), None
+        Array.kept = grad.numpy().copy()
+        return torch.from_numpy(Array.kept)
 
 
-HELD = np.empty(0)
-
-
-def array_of(grad):
-    """A tensor in the memory of an array."""
-    global HELD
-    HELD = grad.numpy().copy()
-    return torch.from_numpy(HELD)
-
-
-MADE = {
-    "array": array_of,
-    "part of more": lambda grad: misaligned(grad),
-    "transposed": lambda grad: grad.mT.contiguous().mT,
-    "expanded": lambda grad: grad[:, :1].expand_as(grad),
+FACTORS = torch.linspace(0.5, 2, 30).reshape(5, 6)
+UNSUITABLE = {
+    "array": lambda output: Array.apply(output) * FACTORS,
+    "part of more": lambda output: torch.cat([output, torch.ones(3, 6)]) * torch.cat([FACTORS, FACTORS[:3]]),
+    "transposed": lambda output: output.mT * FACTORS.mT.contiguous(),
+    "expanded": lambda output: output,
 }
 
 
-@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("case", UNSUITABLE)
 @pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.BatchNorm1d(6)], ids=str)
-def test_memory_that_is_not_its_own(layer, made):
+def test_memory_that_is_not_its_own(layer, case):
     layer = normops.convert(nn.Sequential(layer))
-    x = torch.randn(5, 6, requires_grad=True)
-    factors = torch.rand(5, 6)
-    loss = (Hold.apply(layer(x), MADE[made]) * factors).sum()
-    assert in_place(loss.backward) == [False]
-    if made == "array":
-        assert torch.equal(torch.from_numpy(HELD), factors)
+    product = UNSUITABLE[case](layer(torch.randn(5, 6, requires_grad=True)))
+    assert in_place(product.sum().backward) == [False]
+    if case == "array":
+        assert torch.equal(torch.from_numpy(Array.kept), FACTORS)
 
 
 def test_gradients_that_are_kept():

@@ -239,7 +239,9 @@ def test_sdist(tmp_path):
 @pytest.mark.nightly
 def test_archives(tmp_path):
     """The archive and the wheel as they are handed out, file by file."""
-    build = "import sys; from setuptools.build_meta import *; build_sdist(sys.argv[1]); build_wheel(sys.argv[1])"
+    build = (  # which write to sys.argv
+        "import sys; from setuptools.build_meta import *; to = sys.argv[1]; build_sdist(to); build_wheel(to)"
+    )
     subprocess.run([sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True)
     (archive,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with tarfile.open(archive) as file:

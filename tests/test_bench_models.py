@@ -61,6 +61,7 @@ class TestParts:
             ("aten::mul", "other"),
             ("normops::batch_norm", "norm forward"),
             ("normops::_channel_norm_backward", "norm backward"),
+            ("normops::_channel_norm_backward_", "norm backward"),
         ],
     )
     def test_operators(self, operator, part):

@@ -9,16 +9,9 @@ from layouts import each_memory_format
 
 import normops.functional as F
 
-FEW = [
-    "batch_norm_training",
-    "instance_norm",
-    "group_norm_3",
-    "layer_norm_1d",
-    "layer_norm_2d",
-    "rms_norm_1d",
-]
+FEW = ["batch_norm_training", "instance_norm", "group_norm_3", "layer_norm_1d", "layer_norm_2d", "rms_norm_1d"]
 few_cases = each([case for case in CASES if case.name in FEW] + OVER_CHANNELS)
-and_evaluation = each([case for case in CASES if case.name in [*FEW, "batch_norm_eval"]] + OVER_CHANNELS)
+few_and_evaluation = each([case for case in CASES if case.name in [*FEW, "batch_norm_eval"]] + OVER_CHANNELS)
 # Sizes of the elements, and eps: what is large overflows when squared, and what is small vanishes.
 SIZES = [(3e20, 1e-5), (1e19, 1e-5), (1e30, 1e-5), (1e-30, 0.0), (1e-25, 1e-50)]
 each_size = pytest.mark.parametrize("size, eps", SIZES, ids=lambda value: f"{value:g}")
@@ -39,7 +32,7 @@ def sample_of(case, size, eps, dtype=torch.float32, shape=SHAPE):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_memory_format
 @each_size
-@and_evaluation
+@few_and_evaluation
 def test_equals_reference(case, size, eps, memory_format, dtype, activation):
     sample = sample_of(case, size, eps, dtype)
     sample = sample.with_input(sample.input.detach().contiguous(memory_format=memory_format))

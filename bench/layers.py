@@ -103,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
         "moves as much memory as one copy, a backward pass as much as one and a half (default: clone)",
     )
     add(
+        "--gradients",
+        choices=["handed", "kept"],
+        default="handed",
+        help="with cold caches: hand the gradient of the output over, as layers of a network do, so that on the CPU "
+        "that of the input may take its place (the default), or keep it. With warm caches it is always kept",
+    )
+    add(
         "--seconds",
         type=float,
         help="time for each case in each regime "
@@ -225,10 +232,11 @@ def measure(plan: Plan, results: Results, keeper: Timekeeper, bar: Bar) -> Itera
 def main(argv: list[str]) -> int:
     arguments = parse(parser(), argv)
     selection = "quick" if arguments.quick else "full" if arguments.full else "default"
-    how = How(arguments.against, arguments.floor, arguments.seconds or SECONDS[selection], arguments.rounds)
+    seconds = arguments.seconds or SECONDS[selection]
+    how = How(arguments.against, arguments.floor, arguments.gradients, seconds, arguments.rounds)
     console = make_console()
     facts = {**environment(), "floor": {"clone": "x.clone()", "copy": "y.copy_(x)"}[how.floor]}
-    facts["against"] = f"torch {how.against}"
+    facts |= {"gradients": f"{how.gradients}, if cold", "against": f"torch {how.against}"}
     if "cuda" in arguments.devices:
         facts["gpu"] = torch.cuda.get_device_name()
     options = {name: value for name, value in vars(arguments).items() if name not in ("compare", "output")}

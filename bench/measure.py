@@ -30,6 +30,22 @@ def copies_of(case: Case) -> tuple[float, float]:
     return fused.copies(case.layer) if case.is_fused else (1.0, 1.5)
 
 
+class _Between(torch.autograd.Function):
+    """Calls what is in a list when a backward pass comes by. It goes to nodes in the order opposite to that in which
+    they were made, so this is between those that were made after and before."""
+
+    @staticmethod
+    def forward(ctx, calls: list[Callable[[], None]], leaf: Tensor) -> Tensor:
+        ctx.calls = calls
+        return leaf.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        for call in ctx.calls:
+            call()
+        return None, grad
+
+
 class Passes:
     """The forward and the backward pass of one layer on one input."""
 
@@ -41,12 +57,25 @@ class Passes:
         outputs = self.output if isinstance(self.output, tuple) else (self.output,)
         # In a network the gradient mostly comes in the layout of the output.
         self.dy = [torch.empty_like(output).copy_(dy) for output in outputs]
+        # A network below and above: what multiplies keeps no gradient, and Python has not seen the one it hands on.
+        self._between: list[Callable[[], None]] = []
+        self._leaf = torch.zeros((), requires_grad=True)
+        self._above = [_Between.apply(self._between, self._leaf), *(output * 1.0 for output in outputs)]
 
     def forward(self) -> Tensor:
         return self.layer(self.x)
 
     def backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.output, self.inputs, self.dy, retain_graph=True)
+
+    def backward_in_a_network(self, flush: Callable[[], None]) -> float:
+        """The seconds from when the gradient has been made and handed over, and caches are emptied. On the CPU that of
+        the input may take its place."""
+        times: list[float] = []
+        self._between[:] = [flush, lambda: times.append(timer())]
+        gradients = [torch.ones_like(self._leaf), *self.dy]
+        torch.autograd.grad(self._above, [*self.inputs, self._leaf], gradients, retain_graph=True)
+        return timer() - times[0]
 
     def results(self) -> dict[str, Tensor]:
         output = self.output[0] if isinstance(self.output, tuple) else self.output
@@ -143,6 +172,7 @@ class How:
 
     against: str = "eager"
     floor: str = "clone"
+    gradients: str = "handed"
     seconds: float = 0.4
     rounds: int | None = None
 
@@ -173,9 +203,12 @@ def time_case(case: Case, regimes: Sequence[Regime], how: How, null: bool = Fals
         "torch backward": theirs.backward,
         "normops backward": ours.backward,
     }
+    cold = {name: flushed(call) for name, call in calls.items()}
+    if how.gradients == "handed":
+        cold |= {"torch backward": theirs.backward_in_a_network, "normops backward": ours.backward_in_a_network}
     timings = []
     for regime in regimes:
-        turn = cold_turns(calls, station().flush(case.device)) if regime.caches == "cold" else warm_turns(calls)
+        turn = cold_turns(cold, station().flush(case.device)) if regime.caches == "cold" else warm_turns(calls)
         turn(0)
         rounds = collect(turn, station().watch, how.seconds, how.rounds)
         one_copy = statistics.median(rounds.times["floor"])
@@ -208,14 +241,20 @@ def warm_turns(calls: dict[str, Callable]) -> Callable[[int], dict[str, float]]:
     return turn
 
 
-def cold_turns(calls: dict[str, Callable], flush: Flush) -> Callable[[int], dict[str, float]]:
+def flushed(call: Callable) -> Callable[[Flush], float]:
+    def seconds(flush: Flush) -> float:
+        flush()
+        start = timer()
+        call()
+        return timer() - start
+
+    return seconds
+
+
+def cold_turns(calls: dict[str, Callable[[Flush], float]], flush: Flush) -> Callable[[int], dict[str, float]]:
+    """Of calls that empty the caches when they are ready, and tell how long they took from then on."""
+
     def turn(number: int) -> dict[str, float]:
-        times = {}
-        for name in _order(list(calls), number):
-            flush()
-            start = timer()
-            calls[name]()
-            times[name] = timer() - start
-        return times
+        return {name: calls[name](flush) for name in _order(list(calls), number)}
 
     return turn

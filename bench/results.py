@@ -164,7 +164,7 @@ def judge(rows: Iterable[tuple[str, str, Mapping, Mapping, float]], old: Mapping
         return [Change(*row[:4], level * row[4]) for row in rows]
 
     here, there = new["environment"], old["environment"]
-    keys = ("cpu", "cpu kernels", "cpu threads", "torch", "against", "floor")
+    keys = ("cpu", "cpu kernels", "cpu threads", "torch", "against", "floor", "gradients")
     differs = [f"{key}: {there.get(key)} -> {here.get(key)}" for key in keys if here.get(key) != there.get(key)]
     return Changes(finished(mean_rows), finished(cases), differs)
 

@@ -156,8 +156,9 @@ def test_keyboard_interrupt():
     with alarms(_interrupt):
         for i in range(300):
             with contextlib.suppress(KeyboardInterrupt):
-                # From the length of a switch to that of some calls.
-                signal.setitimer(signal.ITIMER_REAL, 3e-4 + 2e-5 * i)
+                # From the length of a switch to that of some calls. Python drops what is raised in a finalizer, so
+                # once more after a second.
+                signal.setitimer(signal.ITIMER_REAL, 3e-4 + 2e-5 * i, 1.0)
                 try:
                     while True:
                         with normops.accelerate():

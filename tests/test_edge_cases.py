@@ -107,6 +107,12 @@ def test_long_rows(case, dtype, length, device):
     check(case.sample((3, 1, 1, length), dtype, device=device))
 
 
+@each([case for case in CASES if case.name == "layer_norm_1d"])
+def test_many_long_rows(case, device):
+    """On CUDA a block takes 128 of them."""
+    check(case.sample((131, 1, 1, 4101), device=device))
+
+
 @pytest.mark.parametrize("positions", [4096, 12296, 16392, 32776])
 @each_dtype
 @each_channel_case
@@ -122,11 +128,12 @@ def test_long_lines(case, dtype, positions, device):
         ("instance_norm", (1, 4, 90004), torch.float32),
         ("instance_norm", (1, 5, 200008), torch.bfloat16),
         ("group_norm_3", (1, 12, 40004), torch.float32),
+        ("group_norm_3", (1, 33, 6152), torch.float32),
     ],
     ids=str,
 )
 def test_larger_slabs(name, shape, dtype, device):
-    """On CUDA a slab goes to a cluster, its lines cut anywhere; of several channels in the forward alone."""
+    """On CUDA a slab goes to a cluster, its lines cut anywhere; in the backward of several channels, between them."""
     case = next(case for case in CASES if case.name == name)
     check(case.sample(shape, dtype, device=device))
 
@@ -159,6 +166,26 @@ def test_small_planes(case, layout, shape, device):
     """Of many samples: each plane is taken for a wide channel of a channels_last line."""
     sample = case.sample(shape, device=device)
     check(sample.with_input(LAYOUTS[layout](sample.input.detach())))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.bfloat16, (9, 16, 7, 7)),
+        (torch.bfloat16, (41, 4, 14, 14)),
+        (torch.bfloat16, (100, 8, 7, 7)),
+        (torch.float16, (12, 8, 9, 9)),
+        (torch.float16, (8, 8, 16, 15)),
+        (torch.float32, (33, 8, 5, 5)),
+        (torch.float32, (8, 8, 15, 15)),
+        (torch.float64, (20, 4, 3, 3)),
+    ],
+    ids=str,
+)
+@each([case for case in CASES if case.over_batch])
+def test_small_planes_side_by_side(case, dtype, shape, device):
+    """On CUDA a block holds as many channels as are whole vectors together."""
+    check(case.sample(shape, dtype, device=device))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 255, 257, 1031, 20000])
@@ -284,7 +311,7 @@ def test_large_mean(case, shape, memory_format, mean, device):
 
 @each_row_case
 def test_large_mean_of_long_rows(case, device):
-    """Which on CUDA have a backward of their own."""
+    """Which on CUDA have kernels of their own."""
     sample = case.sample((3, 1, 1, 16385), device=device)
     check(sample.with_input(sample.input.detach() + 1e4), allowed=1e-5)
 

@@ -39,9 +39,22 @@ void check_steps(const ChannelView& view, int element_size) {
   }
 }
 
+// Samples of a channels_last batch that share statistics, and follow each other without gaps, are one to the kernels:
+// its positions are cut into chunks of one length, however few a sample has.
+void join_samples(ChannelView& view) {
+  Geometry& g = view.geometry;
+  const auto follows = [&](const Strides& s) { return s.sample == g.positions * s.position; };
+  if (g.layout != Layout::kChannelsLast || !g.over_batch ||
+      !std::all_of(view.strides.begin(), view.strides.end(), follows)) {
+    return;
+  }
+  g.positions *= g.samples;
+  g.samples = 1;
+}
+
 // How the tensors are walked. Contiguous planes that would be walked element by element, as their lengths are no
 // multiples of a vector's, are walked as wide channels (geometry.h) where that makes vectors of them, unless `fits`
-// says that a plan does not go over memory twice.
+// says that they go over memory twice only then.
 template <typename Fits>
 Plan plan_of(ChannelView& view, const std::vector<at::Tensor*>& tensors, int64_t num_groups, bool over_batch,
              const Fits& fits) {
@@ -54,12 +67,13 @@ Plan plan_of(ChannelView& view, const std::vector<at::Tensor*>& tensors, int64_t
     return make_plan(view.geometry, size, vectors);
   };
   check_steps(view, size);
+  join_samples(view);
   const Plan plan = plan_as_seen();
-  if (plan.vectors || plan.layout != Layout::kContiguous || !over_batch || fits(plan)) return plan;
+  if (plan.vectors || plan.layout != Layout::kContiguous || !over_batch) return plan;
   const ChannelView narrow = view;
   view = wide_channel_view(tensors, num_groups, over_batch);
   const Plan wide = plan_as_seen();
-  if (wide.vectors) return wide;
+  if (wide.vectors && (fits(wide) || !fits(plan))) return wide;
   view = narrow;
   return plan;
 }
@@ -188,7 +202,7 @@ Tensors3 forward(const at::Tensor& input, const OptionalTensor& given_mean, cons
     lay_out(Scratch(memory.mutable_data_ptr()));
     if (!given) channel_moments(plan, from, partials, stream);
     channel_merge(plan, merge, stream);
-    channel_apply<scalar_t, A>(plan, from, to, merge.coefficients, nullptr, nullptr, stream, epilogue);
+    channel_apply<scalar_t, A>(plan, from, to, merge.coefficients, stream, epilogue);
   });
   if (tracking && !over_batch) update_running_stats(running, here.stream());
   return {output, mean, var};
@@ -298,7 +312,7 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
           channel_merge(plan, again, stream);
         }
         if (sums_needed) {
-          channel_grad_sums<scalar_t, A>(plan, grad, from, merge.mean, nullptr, partials, stream, epilogue);
+          channel_grad_sums<scalar_t>(plan, grad, from, merge.mean, partials, stream, epilogue);
         }
         channel_grad_merge(plan, merge, stream);
         if (!over_memory) return;
@@ -307,7 +321,7 @@ Tensors4 channel_norm_backward(const at::Tensor& grad_output, const at::Tensor& 
         } else {
           // Of the input gradient only scale * dy is left, and x need not be read.
           merge.coefficients.center = merge.coefficients.shift = nullptr;
-          channel_apply<scalar_t, A>(plan, grad, to, merge.coefficients, nullptr, nullptr, stream);
+          channel_apply<scalar_t, A>(plan, grad, to, merge.coefficients, stream);
         }
       });
   return results;
@@ -363,9 +377,8 @@ Tensors2 grad_sums(const at::Tensor& grad_output, const at::Tensor& input, const
       merge.eps = eps;
       merge.weight.absent = 1;
       merge.sums = sums.mutable_data_ptr<double>();
-      channel_grad_sums<scalar_t, A>(plan, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
-                                     {x.const_data_ptr<scalar_t>(), view.strides[0]}, merge.mean, nullptr, partials,
-                                     here.stream());
+      channel_grad_sums<scalar_t>(plan, {dy.const_data_ptr<scalar_t>(), view.strides[1]},
+                                  {x.const_data_ptr<scalar_t>(), view.strides[0]}, merge.mean, partials, here.stream());
       channel_grad_merge(plan, merge, here.stream());
     });
   }

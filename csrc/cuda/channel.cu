@@ -69,7 +69,10 @@ struct MergeLaunch {
     }
     const int64_t blocks = grouped ? plan.groups : ceil_div(plan.columns, 1 << grid.lanes_log2);
     grid.blocks = Divisor(blocks);
-    config = {grid_of(plan.rows * blocks), dim3(kMergeThreads)};
+    // A thread reads a batch of chunks at once; and two warps write the two sums of their lanes.
+    const int64_t wanted = std::max(ceil_div(plan.cut.chunks, kBatch) << grid.lanes_log2, plan.group_size);
+    const int threads = 1 << log2_of(std::clamp<int64_t>(wanted, 2 * kWarp, kMergeThreads));
+    config = {grid_of(plan.rows * blocks), dim3(threads)};
   }
 };
 
@@ -158,15 +161,6 @@ void channel_moments(const Plan& plan, ChannelTensor<const T> x, ChunkMoments* p
   });
 }
 
-// f(whether there are), a constant. Only lines have parameters for their positions.
-template <Layout kLayout, typename F>
-void with_positions(bool given, const F& f) {
-  if constexpr (kLayout == Layout::kContiguous) {
-    if (given) return f(std::true_type{});
-  }
-  f(std::false_type{});
-}
-
 // f(whether there is one, what the kernel is given of it).
 template <typename T, typename F>
 void with_epilogue(const ChannelEpilogue<T>& epilogue, const F& f) {
@@ -177,23 +171,14 @@ void with_epilogue(const ChannelEpilogue<T>& epilogue, const F& f) {
   }
 }
 
-template <typename T, typename A>
+template <typename T>
 void channel_grad_sums(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, const double* mean,
-                       const A* position_weight, ChunkGradients* partials, void* stream,
-                       const ChannelEpilogue<T>& epilogue) {
+                       ChunkGradients* partials, void* stream, const ChannelEpilogue<T>& epilogue) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    const auto run = [&](auto kernel, const auto& end) {
-      check(launch(kernel, walk_config(plan), as_stream(stream), plan, dy, x, mean, position_weight, partials, end),
+    with_epilogue(epilogue, [&](auto there, const auto& end) {
+      check(launch(grad_sums_kernel<T, layout.value, size.value, there.value>, walk_config(plan), as_stream(stream),
+                   plan, dy, x, mean, partials, end),
             "grad_sums");
-    };
-    with_positions<layout.value>(position_weight, [&](auto weighted) {
-      if constexpr (weighted.value) {
-        run(grad_sums_kernel<T, layout.value, size.value, true, false>, NoEpilogue{});
-      } else {
-        with_epilogue(epilogue, [&](auto there, const auto& end) {
-          run(grad_sums_kernel<T, layout.value, size.value, false, there.value>, end);
-        });
-      }
     });
   });
 }
@@ -217,21 +202,12 @@ void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* st
 
 template <typename T, typename A>
 void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const Coefficients<A>& coefficients,
-                   const A* position_weight, const A* position_bias, void* stream, const ChannelEpilogue<T>& epilogue) {
+                   void* stream, const ChannelEpilogue<T>& epilogue) {
   with_walk<T>(plan, [&](auto layout, auto size) {
-    const auto run = [&](auto kernel, const auto& end) {
-      check(launch(kernel, walk_config(plan), as_stream(stream), plan, x, y, coefficients, position_weight,
-                   position_bias, end),
+    with_epilogue(epilogue, [&](auto there, const auto& end) {
+      check(launch(apply_kernel<T, layout.value, size.value, there.value>, walk_config(plan), as_stream(stream), plan,
+                   x, y, coefficients, end),
             "apply");
-    };
-    with_positions<layout.value>(position_weight || position_bias, [&](auto given) {
-      if constexpr (given.value) {
-        run(apply_kernel<T, layout.value, size.value, true, false>, NoEpilogue{});
-      } else {
-        with_epilogue(epilogue, [&](auto there, const auto& end) {
-          run(apply_kernel<T, layout.value, size.value, false, there.value>, end);
-        });
-      }
     });
   });
 }
@@ -248,26 +224,20 @@ void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTens
   });
 }
 
-template <typename T, typename A>
-void long_row_backward(const Plan& plan, const LongRowBackward<T, A>& args, void* stream) {
-  const auto run = [&](auto size) {
-    check(launch(long_row_backward_kernel<T, size.value>, walk_config(plan), as_stream(stream), plan, args),
-          "long_row_backward");
-  };
-  if (plan.vectors) {
-    run(std::integral_constant<int, kFullVector<T>>{});
-  } else {
-    run(std::integral_constant<int, 1>{});
-  }
-}
-
 template <typename S>
 void column_sums(const S* first, const S* second, int64_t rows, int64_t stride, int64_t columns, AnyOutput first_total,
                  AnyOutput second_total, void* stream) {
   if (!first_total && !second_total) return;
-  // No fewer lanes than fill the 32 bytes that memory is read by.
+  // No fewer lanes than fill the 32 bytes that memory is read by, and more of them where rows are so few that threads
+  // below each other would have hardly any.
+  constexpr int64_t kFewRows = 4 * kBatch;
+  const auto blocks = [&](int log2) { return 2 * ceil_div(columns, int64_t(1) << log2); };
+  const auto few = [&](int log2) { return rows <= kFewRows * (kMergeThreads >> log2); };
   int lanes_log2 = 5;
-  while (lanes_log2 > 3 && 2 * ceil_div(columns, 1 << lanes_log2) < kWantedMergeBlocks) --lanes_log2;
+  while (lanes_log2 > 3 && blocks(lanes_log2) < kWantedMergeBlocks) --lanes_log2;
+  while (1 << lanes_log2 < kMergeThreads && few(lanes_log2 + 1) && blocks(lanes_log2 + 1) >= kWantedMergeBlocks) {
+    ++lanes_log2;
+  }
   const dim3 grid(unsigned(ceil_div(columns, 1 << lanes_log2)), 2);
   check(launch(column_sums_kernel<S>, {grid, dim3(kMergeThreads)}, as_stream(stream), first, second, rows, stride,
                columns, lanes_log2, first_total, second_total),
@@ -282,12 +252,11 @@ void update_running_stats(const RunningStats& args, void* stream) {
 #define NORMOPS_INSTANTIATE(T)                                                                                    \
   template void channel_moments(const Plan&, ChannelTensor<const T>, ChunkMoments*, void*);                       \
   template void channel_grad_sums(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, const double*,     \
-                                  const Acc<T>*, ChunkGradients*, void*, const ChannelEpilogue<T>&);              \
+                                  ChunkGradients*, void*, const ChannelEpilogue<T>&);                             \
   template void channel_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<T>, const Coefficients<Acc<T>>&, \
-                              const Acc<T>*, const Acc<T>*, void*, const ChannelEpilogue<T>&);                    \
+                              void*, const ChannelEpilogue<T>&);                                                  \
   template void channel_grad_apply(const Plan&, ChannelTensor<const T>, ChannelTensor<const T>, ChannelTensor<T>, \
-                                   const Coefficients<Acc<T>>&, void*, const ChannelEpilogue<T>&);                \
-  template void long_row_backward(const Plan&, const LongRowBackward<T, Acc<T>>&, void*);
+                                   const Coefficients<Acc<T>>&, void*, const ChannelEpilogue<T>&);
 NORMOPS_INSTANTIATE(float)
 NORMOPS_INSTANTIATE(double)
 NORMOPS_INSTANTIATE(c10::Half)

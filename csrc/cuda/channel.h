@@ -96,11 +96,9 @@ struct ChannelEpilogue {
 // Stage 1: partials of every chunk, (rows, chunks, columns).
 template <typename T>
 void channel_moments(const Plan& plan, ChannelTensor<const T> x, ChunkMoments* partials, void* stream);
-// `position_weight`: for rows that are walked as lines, the factor of dy at each position, or null.
-template <typename T, typename A>
+template <typename T>
 void channel_grad_sums(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, const double* mean,
-                       const A* position_weight, ChunkGradients* partials, void* stream,
-                       const ChannelEpilogue<T>& epilogue = {});
+                       ChunkGradients* partials, void* stream, const ChannelEpilogue<T>& epilogue = {});
 
 // running = (1 - momentum) * running + momentum * correction * (statistic averaged over rows), for both statistics.
 struct RunningStats {
@@ -150,12 +148,11 @@ struct BackwardMerge {
 template <typename A>
 void channel_grad_merge(const Plan& plan, const BackwardMerge<A>& args, void* stream);
 
-// Stage 3, in the reverse order of blocks: it begins with what the second-level cache still holds. The position
-// parameters belong to rows that are walked as lines, which have no epilogue. dx may be null where there is one.
+// Stage 3, in the reverse order of blocks: it begins with what the second-level cache still holds. dx may be null where
+// there is an epilogue.
 template <typename T, typename A>
 void channel_apply(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y, const Coefficients<A>& coefficients,
-                   const A* position_weight, const A* position_bias, void* stream,
-                   const ChannelEpilogue<T>& epilogue = {});
+                   void* stream, const ChannelEpilogue<T>& epilogue = {});
 template <typename T, typename A>
 void channel_grad_apply(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
                         const Coefficients<A>& coefficients, void* stream, const ChannelEpilogue<T>& epilogue = {});
@@ -170,21 +167,6 @@ void slab_forward(const Plan& plan, ChannelTensor<const T> x, ChannelTensor<T> y
 template <typename T, typename A>
 void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<const T> x, ChannelTensor<T> dx,
                    const BackwardMerge<A>& args, void* stream, const ChannelEpilogue<T>& epilogue = {});
-
-// The input gradient of long rows together with the sums for dweight and dbias, (chunks, 2, columns) in `partials`.
-// The plan is that of the matrix of rows seen as positions, with the elements of a row as columns.
-template <typename T, typename A>
-struct LongRowBackward {
-  ChannelTensor<const T> dy, x;
-  ChannelTensor<T> dx;  // data null: not wanted
-  const A* weight;      // or null
-  const double* mean;
-  const double* rstd;
-  Coefficients<A> coefficients;  // one per row
-  A* partials;                   // or null
-};
-template <typename T, typename A>
-void long_row_backward(const Plan& plan, const LongRowBackward<T, A>& args, void* stream);
 
 // Column sums in double of two matrices of `rows` rows; null: not wanted.
 template <typename S>

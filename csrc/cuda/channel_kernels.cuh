@@ -163,12 +163,10 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
               });
 }
 
-// kWeighted: with a factor of dy at each position.
-template <typename T, Layout kLayout, int kSize, bool kWeighted, bool kEpilogue>
+template <typename T, Layout kLayout, int kSize, bool kEpilogue>
 __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
     grad_sums_kernel(const Plan plan, const ChannelTensor<const T> dy, const ChannelTensor<const T> x,
-                     const double* mean, const Acc<T>* position_weight, ChunkGradients* partials,
-                     const EpilogueIf<T, kEpilogue> epilogue) {
+                     const double* mean, ChunkGradients* partials, const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
   using W = Walk<kLayout, kSize>;
   constexpr int kColumns = W::kColumns;
@@ -190,7 +188,7 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
       load_coefficients(walk, epilogue.coefficients.shift, A(0), shift);
     }
   };
-  const auto add = [&](const Place& place, const Vector<T, kSize>* of) {  // zeros where there is nothing
+  const auto add = [&](const Place&, const Vector<T, kSize>* of) {  // zeros where there is nothing
     A grads[kSize];
     if constexpr (kEpilogue) {
       before_activation(epilogue, of[0], of[1], of[2], center, scale, shift, grads);
@@ -198,15 +196,10 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
 #pragma unroll
       for (int k = 0; k < kSize; ++k) grads[k] = of[0][k];
     }
-    Vector<A, kSize> weight;
-    if constexpr (kWeighted) {
-      weight = Vector<A, kSize>::load_if(place.there, position_weight + walk.position(place));
-    }
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      const A grad = kWeighted ? grads[k] * weight[k] : grads[k];
-      sums[k % kColumns] += grad;
-      sums[kColumns + k % kColumns] += grad * (of[1][k] - center[k % kColumns]);
+      sums[k % kColumns] += grads[k];
+      sums[kColumns + k % kColumns] += grads[k] * (of[1][k] - center[k % kColumns]);
     }
   };
   if constexpr (kEpilogue) {
@@ -223,12 +216,10 @@ __global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
 // Blocks of stage 3 that a multiprocessor should hold.
 constexpr int last_stage_blocks(int size, bool more) { return size == 1 ? 1 : more ? 2 : 3; }
 
-// kPositions: with a weight or a bias for each position.
-template <typename T, Layout kLayout, int kSize, bool kPositions, bool kEpilogue>
-__global__ void __launch_bounds__(kWalkThreads, kPositions ? 1 : last_stage_blocks(kSize, kEpilogue))
+template <typename T, Layout kLayout, int kSize, bool kEpilogue>
+__global__ void __launch_bounds__(kWalkThreads, last_stage_blocks(kSize, kEpilogue))
     apply_kernel(const Plan plan, const ChannelTensor<const T> x, const ChannelTensor<T> y,
-                 const Coefficients<Acc<T>> coefficients, const Acc<T>* position_weight, const Acc<T>* position_bias,
-                 const EpilogueIf<T, kEpilogue> epilogue) {
+                 const Coefficients<Acc<T>> coefficients, const EpilogueIf<T, kEpilogue> epilogue) {
   using A = Acc<T>;
   using W = Walk<kLayout, kSize>;
   constexpr int kColumns = W::kColumns;
@@ -245,18 +236,6 @@ __global__ void __launch_bounds__(kWalkThreads, kPositions ? 1 : last_stage_bloc
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       result[k] = (of[0][k] - center[k % kColumns]) * scale[k % kColumns] + shift[k % kColumns];
-    }
-    if (kPositions && position_weight && place.there) {
-      A weight[kSize];
-      load_values(position_weight + walk.position(place), weight);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) result[k] *= weight[k];
-    }
-    if (kPositions && position_bias && place.there) {
-      A bias[kSize];
-      load_values(position_bias + walk.position(place), bias);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) result[k] += bias[k];
     }
     if constexpr (kEpilogue) {
 #pragma unroll
@@ -323,62 +302,6 @@ __global__ void __launch_bounds__(kWalkThreads, last_stage_blocks(kSize, kEpilog
     each_vector<T, kSize, false>(
         walk, loaded, [&](const Place& place, const Vector<T, kSize>* of) { store(place, of[0], of[1]); }, at_dy, at_x);
   }
-}
-
-// Long rows: walked across, so that the sums for dweight and dbias come with the input gradient.
-template <typename T, int kSize>
-__global__ void __launch_bounds__(kWalkThreads, kSize > 1 ? 2 : 1)
-    long_row_backward_kernel(const Plan plan, const LongRowBackward<T, Acc<T>> a) {
-  using A = Acc<T>;
-  using W = Walk<Layout::kChannelsLast, kSize>;
-  NORMOPS_SHARED(A, shared, W::kShared * 2 * kSize);
-  NORMOPS_SHARED(A, rows, 5 * kWalkWarps * W::kItems);  // as many lanes as a warp has
-  const W walk(plan);
-
-  // What is known of each row: by one thread for each, as it takes double arithmetic.
-  enum { kCenter, kScale, kLow, kSlope, kShift, kFields };
-  const int64_t first_row = walk.position({}) - (threadIdx.x >> plan.lanes_log2);
-  for (uint32_t r = threadIdx.x; r < walk.count(); r += kWalkThreads) {
-    const double rstd = a.rstd[first_row + r];
-    const SplitMean<A> split(a.mean[first_row + r]);
-    A* const row = rows + r * kFields;
-    row[kCenter] = split.center;
-    row[kScale] = A(rstd);
-    row[kLow] = A(-split.low * rstd);
-    row[kSlope] = a.dx.data ? a.coefficients.slope[first_row + r] : A(0);
-    row[kShift] = a.dx.data ? a.coefficients.shift[first_row + r] : A(0);
-  }
-  A weight[kSize], own[kSize] = {}, sums[2 * kSize] = {};
-#pragma unroll
-  for (int k = 0; k < kSize; ++k) weight[k] = A(1);
-  if (walk.active() && a.weight) load_values(a.weight + walk.column, weight);
-  __syncthreads();
-
-  auto at_dy = walk.cursor(a.dy);
-  auto at_x = walk.cursor(a.x);
-  auto at_dx = walk.cursor(a.dx);
-  const auto finish = [&](const Place& place, const Vector<T, kSize>* of) {
-    T* const to = at_dx.next(place);
-    if (!place.there) return;
-    const A* const row = rows + ((threadIdx.x >> plan.lanes_log2) + place.position) * kFields;
-    const A center = row[kCenter], scale = row[kScale], low = row[kLow], slope = row[kSlope], shift = row[kShift];
-    A result[kSize];
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      const A g = of[0][k], d = of[1][k] - center;
-      sums[k] += g * (d * scale + low);
-      sums[kSize + k] += g;
-      result[k] = g * weight[k] * scale + (d * slope + shift);
-    }
-    if (a.dx.data) store_rounded<kSize>(to, result);
-  };
-  each_vector<T, kSize, false>(walk, [] {}, finish, at_dy, at_x);
-  if (a.partials == nullptr) return;
-  walk.totals(sums, shared, own, static_cast<const A*>(nullptr), [&](uint32_t column, A dweight, A dbias, A) {
-    A* const partial = a.partials + walk.partial(column) + walk.chunk * plan.columns;  // pairs of rows
-    partial[0] = dweight;
-    partial[plan.columns] = dbias;
-  });
 }
 
 }  // namespace normops::cuda

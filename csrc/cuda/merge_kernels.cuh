@@ -10,7 +10,7 @@
 
 namespace normops::cuda {
 
-constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
+constexpr int kMergeThreads = 256;  // at most; of a merge as many as have chunks to read
 
 // Here all of them have been read: the compiler would put what is done with the first between the reads.
 __device__ __forceinline__ void all_there([[maybe_unused]] double& a, [[maybe_unused]] double& b,
@@ -41,7 +41,7 @@ struct MergeBlock {
       : x(threadIdx.x & ((1u << grid.lanes_log2) - 1)),
         y(threadIdx.x >> grid.lanes_log2),
         lanes(1u << grid.lanes_log2),
-        depth(kMergeThreads >> grid.lanes_log2),
+        depth(blockDim.x >> grid.lanes_log2),
         grouped(plan.group_size > 1) {
     uint32_t block = blockIdx.x;
     row = grid.blocks.split(block);
@@ -91,8 +91,7 @@ struct MergeBlock {
     __syncthreads();
     if (threadIdx.x < kTerms * wide) {
       double total = shared[threadIdx.x];
-#pragma unroll
-      for (int w = 1; w < kMergeWarps; ++w) total += shared[w * kTerms * wide + threadIdx.x];
+      for (uint32_t w = 1; w < blockDim.x / kWarp; ++w) total += shared[w * kTerms * wide + threadIdx.x];
       shared[threadIdx.x] = total;
     }
     __syncthreads();
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   }
   if (!a.coefficients.scale) return;
   __syncthreads();
-  for (uint32_t c = threadIdx.x; c < block.columns; c += kMergeThreads) {
+  for (uint32_t c = threadIdx.x; c < block.columns; c += blockDim.x) {
     const uint32_t told = block.told(c);
     const int64_t parameter = plan.width > 1 ? block.statistic : block.first + c;
     const int64_t i = block.row * plan.columns + block.first + c;
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     }
   } else if (a.total_dy) {
     const uint32_t channels = wide ? 1 : block.columns;
-    for (uint32_t c = threadIdx.x; c < channels; c += kMergeThreads) {
+    for (uint32_t c = threadIdx.x; c < channels; c += blockDim.x) {
       const int64_t channel = wide ? block.statistic : block.first + c;
       finish(channel, a.total_dy[channel], a.total_dy_xhat[channel]);
     }
@@ -236,7 +235,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     told_shift[block.x] = a.input_stats ? A(gradient.shift) : A(0);
   }
   __syncthreads();
-  for (uint32_t c = threadIdx.x; c < block.columns; c += kMergeThreads) {
+  for (uint32_t c = threadIdx.x; c < block.columns; c += blockDim.x) {
     const uint32_t told = block.told(c);
     const int64_t parameter = wide ? block.statistic : block.first + c;
     const int64_t i = block.row * plan.columns + block.first + c;

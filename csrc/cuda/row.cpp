@@ -40,15 +40,15 @@ struct RowMatrix {
   }
 };
 
-// Weight and bias as the kernels take them, kept alive: in the type of the elements if both have it and rows are short,
-// in that of the arithmetic otherwise.
+// Weight and bias as the kernels take them, kept alive: in the type of the elements if both have it, in that of the
+// arithmetic otherwise.
 struct Parameters {
   at::Tensor weight, bias;
   bool as_elements;
 
   template <typename Args>
-  Parameters(const OptionalTensor& w, const OptionalTensor& b, const at::Tensor& input, int device, const Args& args)
-      : as_elements(row_fits(device, args)) {
+  Parameters(const OptionalTensor& w, const OptionalTensor& b, const at::Tensor& input, const Args& args)
+      : as_elements(true) {
     for (const OptionalTensor* parameter : {&w, &b}) {
       as_elements = as_elements && (!defined(*parameter) || (*parameter)->scalar_type() == input.scalar_type());
     }
@@ -122,7 +122,7 @@ ForwardResults forward(const at::Tensor& input, int64_t normalized_ndim, const O
       results.done = false;
       return;
     }
-    const Parameters parameters(weight, bias, input, here.device(), args);
+    const Parameters parameters(weight, bias, input, args);
     args.parameters = parameters.pointers();
     const size_t bytes = row_forward_scratch(here.device(), args);
     const at::Tensor scratch = bytes ? allocate(input, bytes) : at::Tensor();
@@ -218,7 +218,7 @@ std::optional<Tensors4> backward(const at::Tensor& grad_output, const at::Tensor
       done = false;
       return;
     }
-    const Parameters parameters(weight, kind ? extras.bias : std::nullopt, input, here.device(), args);
+    const Parameters parameters(weight, kind ? extras.bias : std::nullopt, input, args);
     args.parameters = parameters.pointers();
     const size_t bytes = row_backward_scratch(here.device(), args);
     const at::Tensor scratch = bytes ? allocate(input, bytes) : at::Tensor();

@@ -1,14 +1,14 @@
-// Launches the row engine: chooses how many threads share a row and how much each of them holds, and sends rows that no
-// block can hold through the stages of the channel engine.
+// Launches the row engine: chooses how many threads share a row and how much each of them holds. What no block and no
+// cluster can hold is sent to long_row.cu.
 
 #include "row.h"
 
 #include <type_traits>
 
 #include "channel.h"
+#include "long_row.h"
 #include "row_backward.cuh"
 #include "row_forward.cuh"
-#include "scratch.h"
 
 namespace normops::cuda {
 namespace {
@@ -125,10 +125,18 @@ struct ForwardShape {
 
   template <typename L>
   ForwardShape(L, const Device& device, int64_t length) {
+    // Parameters of so many vectors are read again for each row that a block has: the first-level cache does not keep
+    // them. Two rows at a time need them once.
+    constexpr int64_t kManyVectors = 4096;
     const auto most = [](int items) { return forward_threads(L::kSize, items, L::kExtras); };
     const int64_t vectors = ceil_div(length, L::kSize);
     shape = L::Forward::spread(vectors, most, [](int) { return 1; });
-    if (L::kClusters && !fits_block<L>()) {
+    if (!L::kClusters) return;
+    if (!L::kExtras && vectors >= kManyVectors) {
+      clusters = Clusters(device, vectors, L::kSize, kManyItems, most(kManyItems));
+      if (clusters.blocks > 0) shape.items = kManyItems;
+    }
+    if (clusters.blocks == 0 && !fits_block<L>()) {
       clusters = Clusters(device, vectors, L::kSize, shape.items, most(shape.items));
     }
   }
@@ -212,12 +220,15 @@ struct BackwardShape {
       const int block = shape.threads <= kWarp && part == 0 ? kTeamsThreads : shape.threads;
       const int teams = block / shape.threads;
       if (teams > 1) bytes = teams * a.length * sizeof(Acc<T>);
-      // A turn takes this many rows; what a block adds to the sums is worth several.
+      // A turn takes this many rows; what a block adds to the sums, which is written and read again, is worth several,
+      // and more of them where fewer blocks are threads enough.
       const int64_t turn = teams * backward_rows(L::kSize, shape.items, place, L::kExtras);
-      rows_per_block = std::clamp<int64_t>(ceil_div(a.rows, kWantedBlocks), kFewestRows, kMostRows);
+      const unsigned cluster = place == RowPlace::kCluster ? clusters.blocks : 1;
+      const int64_t wanted = std::min<int64_t>(kMostWanted, kWantedThreads / (int64_t(block) * cluster));
+      const int64_t fewest = std::clamp<int64_t>(a.rows / kFewBlocks, 1, kFewestRows);
+      rows_per_block = std::clamp<int64_t>(ceil_div(a.rows, wanted), fewest, kMostRows);
       rows_per_block = std::max(rows_per_block, std::min(ceil_div(a.rows, kMostBlocks), kLongestSum * teams));
       rows_per_block = ceil_div(rows_per_block, turn) * turn;
-      const unsigned cluster = place == RowPlace::kCluster ? clusters.blocks : 1;
       config = {grid_of(blocks(a) * cluster), dim3(unsigned(block)), bytes, cluster};
     });
   }
@@ -226,97 +237,8 @@ struct BackwardShape {
 
  private:
   static constexpr int kTeamsThreads = 256;
-  static constexpr int64_t kWantedBlocks = 512, kMostBlocks = 1024, kFewestRows = 4, kMostRows = 64, kLongestSum = 256;
-};
-
-// Rows as the channel engine sees them: each is the only channel of its sample; and the matrix of rows with the
-// elements of a row as channels.
-Geometry rows_as_lines(int64_t rows, int64_t length) {
-  return {rows, 1, length, 1, /*over_batch=*/false, Layout::kContiguous, 0};
-}
-Geometry rows_as_positions(int64_t rows, int64_t length) {
-  return {1, length, rows, length, /*over_batch=*/true, Layout::kChannelsLast, 0};
-}
-
-template <typename T>
-struct LongForward {
-  Plan plan;
-  ChunkMoments* partials;
-  Coefficients<Acc<T>> coefficients{};
-
-  LongForward(const RowForward<T>& a, Scratch& scratch)
-      : plan(make_plan(rows_as_lines(a.rows, a.length), sizeof(T), a.vectors)) {
-    plan.centered = a.centered;
-    partials = scratch.take<ChunkMoments>(plan.partials());
-    for (auto* array : {&coefficients.center, &coefficients.scale, &coefficients.shift}) {
-      *array = scratch.take<Acc<T>>(a.rows);
-    }
-  }
-
-  void run(const RowForward<T>& a, void* stream) const {
-    using A = Acc<T>;
-    const ChannelTensor<const T> x{a.x.data, {a.x.stride, 0, 1}};
-    channel_moments(plan, x, partials, stream);
-    ForwardMerge<A> merge{};
-    merge.partials = partials;
-    merge.weight.absent = 1;
-    merge.eps = a.eps;
-    merge.reciprocal = true;
-    merge.mean = a.mean;
-    merge.var = a.rstd;
-    merge.coefficients = coefficients;
-    channel_merge(plan, merge, stream);
-    channel_apply(plan, x, ChannelTensor<T>{a.y, {a.length, 0, 1}}, coefficients,
-                  static_cast<const A*>(a.parameters.weight), static_cast<const A*>(a.parameters.bias), stream);
-  }
-};
-
-template <typename T>
-struct LongBackward {
-  Plan lines, positions;
-  ChunkGradients* partials = nullptr;
-  Coefficients<Acc<T>> coefficients{};
-  Acc<T>* sums = nullptr;
-
-  LongBackward(const RowBackward<T>& a, Scratch& scratch)
-      : lines(make_plan(rows_as_lines(a.rows, a.length), sizeof(T), a.vectors)),
-        positions(make_plan(rows_as_positions(a.rows, a.length), sizeof(T), a.vectors)) {
-    lines.centered = a.centered;
-    if (a.dx) {
-      partials = scratch.take<ChunkGradients>(lines.partials());
-      auto& c = coefficients;
-      for (auto* array : {&c.center, &c.scale, &c.slope, &c.shift}) *array = scratch.take<Acc<T>>(a.rows);
-    }
-    if (a.dweight || a.dbias) sums = scratch.take<Acc<T>>(positions.cut.chunks * 2 * a.length);
-  }
-
-  void run(const RowBackward<T>& a, void* stream) const {
-    using A = Acc<T>;
-    const A* const weight = static_cast<const A*>(a.parameters.weight);
-    if (a.dx) {
-      channel_grad_sums(lines, ChannelTensor<const T>{a.dy.data, {a.dy.stride, 0, 1}},
-                        ChannelTensor<const T>{a.x.data, {a.x.stride, 0, 1}}, a.mean, weight, partials, stream);
-      BackwardMerge<A> merge{};
-      merge.partials = partials;
-      merge.weight.absent = 1;
-      merge.mean = a.mean;
-      merge.var = a.rstd;
-      merge.reciprocal = merge.input_stats = true;
-      merge.coefficients = coefficients;
-      channel_grad_merge(lines, merge, stream);
-    }
-    long_row_backward(positions,
-                      LongRowBackward<T, A>{{a.dy.data, {0, 1, a.dy.stride}},
-                                            {a.x.data, {0, 1, a.x.stride}},
-                                            {a.dx, {0, 1, a.length}},
-                                            weight,
-                                            a.mean,
-                                            a.rstd,
-                                            coefficients,
-                                            sums},
-                      stream);
-    column_sums(sums, sums + a.length, positions.cut.chunks, 2 * a.length, a.length, a.dweight, a.dbias, stream);
-  }
+  static constexpr int64_t kWantedThreads = 65536, kMostWanted = 512, kMostBlocks = 1024, kFewBlocks = 32;
+  static constexpr int64_t kFewestRows = 4, kMostRows = 64, kLongestSum = 256;
 };
 
 }  // namespace
@@ -352,18 +274,12 @@ bool row_fits(int device, const RowBackward<T>& a) {
 
 template <typename T>
 size_t row_forward_scratch(int device, const RowForward<T>& a) {
-  Scratch scratch;
-  if (!row_fits(device, a)) LongForward<T>(a, scratch);
-  return scratch.bytes();
+  return row_fits(device, a) ? 0 : long_row_forward_scratch(a);
 }
 
 template <typename T>
 void row_forward(int device, const RowForward<T>& a, void* memory, void* stream) {
-  if (!row_fits(device, a)) {
-    Scratch scratch(memory);
-    LongForward<T>(a, scratch).run(a, stream);
-    return;
-  }
+  if (!row_fits(device, a)) return long_row_forward(a, memory, stream);
   constexpr int kThreads = 128;
   with_ladder<T>(a, [&](auto ladder) {
     using L = decltype(ladder);
@@ -375,14 +291,19 @@ void row_forward(int device, const RowForward<T>& a, void* memory, void* stream)
       };
       if constexpr (L::kClusters) {
         if (const Clusters& c = launched.clusters; c.blocks > 0) {
-          const LaunchConfig config{grid_of(a.rows * c.blocks), dim3(c.threads), 0, unsigned(c.blocks)};
-          return run(row_forward_kernel<T, W, L::kSize, L::Forward::kMost, true, L::kExtras>, config, kMostThreads,
-                     c.part);
+          const auto run_cluster = [&](auto items) {
+            constexpr int kItems = items.value;
+            const int64_t turns = ceil_div(a.rows, forward_rows(L::kSize, kItems, !L::kExtras));
+            const LaunchConfig config{grid_of(turns * c.blocks), dim3(c.threads), 0, unsigned(c.blocks)};
+            run(row_forward_kernel<T, W, L::kSize, kItems, true, L::kExtras>, config, kMostThreads, c.part);
+          };
+          if (launched.shape.items == kManyItems) return run_cluster(std::integral_constant<int, kManyItems>{});
+          return run_cluster(std::integral_constant<int, L::Forward::kMost>{});
         }
       }
       const Shape shape = launched.shape;
       const int block = shape.threads <= kWarp ? kThreads : shape.threads;
-      const int64_t rows = block / shape.threads * forward_rows(L::kSize, shape.items);
+      const int64_t rows = block / shape.threads * forward_rows(L::kSize, shape.items, false);
       const LaunchConfig config{grid_of(ceil_div(a.rows, rows)), dim3(block)};
       L::Forward::with(shape.items, [&](auto items) {
         run(row_forward_kernel<T, W, L::kSize, items.value, false, L::kExtras>, config, shape.threads, 0);
@@ -393,25 +314,15 @@ void row_forward(int device, const RowForward<T>& a, void* memory, void* stream)
 
 template <typename T>
 size_t row_backward_scratch(int device, const RowBackward<T>& a) {
-  Scratch scratch;
   const BackwardShape<T> launched(Device::get(device), a);
-  if (!launched.fits) {
-    LongBackward<T>(a, scratch);
-  } else if (a.dweight || a.dbias) {
-    scratch.take<Acc<T>>(launched.partials(a));
-  }
-  return scratch.bytes();
+  return launched.fits ? launched.partials(a) * sizeof(Acc<T>) : long_row_backward_scratch(a);
 }
 
 template <typename T>
 void row_backward(int device, const RowBackward<T>& a, void* memory, void* stream) {
   using A = Acc<T>;
   const BackwardShape<T> launched(Device::get(device), a);
-  if (!launched.fits) {
-    Scratch scratch(memory);
-    LongBackward<T>(a, scratch).run(a, stream);
-    return;
-  }
+  if (!launched.fits) return long_row_backward(a, memory, stream);
   A* const sums = static_cast<A*>(memory);
   const auto run = [&](auto kernel) {
     allow_shared<kernel.value>(Device::get(device), launched.config.shared_bytes);

@@ -76,8 +76,7 @@ bool row_takes_vectors(const RowForward<T>& args);
 template <typename T>
 bool row_takes_vectors(const RowBackward<T>& args);
 
-// Whether a row is held on chip. Longer ones are cut into pieces, and want parameters in the type of the arithmetic,
-// and no extras.
+// Whether a row is held on chip. Longer ones are cut into pieces, and want no extras.
 template <typename T>
 bool row_fits(int device, const RowForward<T>& args);
 template <typename T>

@@ -80,10 +80,11 @@ __device__ __forceinline__ void load_or(const W* array, Acc<W> absent, int first
   }
 }
 
-// In the forward, teams of more than a warp have at least so many vectors for each thread, and take one row.
+// In the forward, teams of more than a warp have at least so many vectors for each thread, and take one row; clusters,
+// if that is all that a thread has of each, two.
 constexpr int kManyItems = 8;
-NORMOPS_HOST_DEVICE constexpr int forward_rows(int size, int items) {
-  return size > 1 && items < kManyItems ? kManyItems / items : 1;
+NORMOPS_HOST_DEVICE constexpr int forward_rows(int size, int items, bool cluster) {
+  return size > 1 && items < kManyItems ? kManyItems / items : cluster && items == kManyItems ? 2 : 1;
 }
 NORMOPS_HOST_DEVICE constexpr int forward_threads(int size, int items, bool extras) {
   return size == 1 && !extras ? kMostThreads : size > 1 && items < kManyItems ? 256 : 512;
@@ -116,7 +117,7 @@ template <typename T, typename W, int kSize, int kItems, bool kCluster, bool kEx
 __global__ void __launch_bounds__(forward_threads(kSize, kItems, kExtras), 1)
     row_forward_kernel(const RowForward<T> a, int threads_log2, int most) {
   using A = Acc<T>;
-  constexpr int kRows = forward_rows(kSize, kItems);
+  constexpr int kRows = forward_rows(kSize, kItems, kCluster && !kExtras);
   const Team team(threads_log2);
   const Part<kCluster> part(a.length, most);
   const int length = part.length;

@@ -5,7 +5,7 @@
 //
 // A slab is made of lines: the samples of a channel, or the channels of a group. Its vectors are dealt to the threads
 // in turn, wherever in a line they are. Where the device has clusters, those of one can share a slab, each block with a
-// part of its vectors; in the backward only of slabs of one channel.
+// part of its vectors, which in the backward is made of whole channels if a group has several.
 
 #include "any_array.cuh"
 #include "epilogue.cuh"
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   const auto finish = [&](uint32_t line, A(&sums)[2]) {
     const A dy_xhat = (sums[1] - low * sums[0]) * rstd;
     const int64_t channel = first + line;
-    if (kCluster && !walk.speaks()) {
+    if (kCluster && walk.one_channel() && !walk.speaks()) {
       // The first block says so.
     } else if (a.sums) {
       a.sums[row_start + channel] = dy_xhat;
@@ -307,6 +307,9 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
     sums[0] *= parameters[kEach * line];
     sums[1] = dy_xhat * parameters[kEach * line];
   };
+  // The block's lines, whose numbers here begin at 0.
+  const uint32_t lines = kCluster ? plan.by_line.quotient(walk.end - walk.begin) : slabs.lines;
+  const uint32_t first_line = kCluster ? plan.by_line.quotient(walk.begin) : 0;
   A group_sums[2] = {0, 0};
   thread = this_thread();
 #pragma unroll
@@ -319,26 +322,26 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
         sums[1] += grads[i][k] * (values[i][k] - center);
       }
     }
-    if (kCluster || walk.one_channel()) {
+    if (walk.one_channel()) {
       group_sums[0] += sums[0];
       group_sums[1] += sums[1];
       continue;
     }
     uint32_t along = thread + i * threads;
     const uint32_t unit = along / kWarp, line = plan.by_line.split(along);
-    if (sum_lines(sums, along, units.line_vectors) && line < slabs.lines) {
+    if (sum_lines(sums, along, units.line_vectors) && line < lines) {
       A* const slot = of_lines + 2 * (line * units.most + unit - units.first(line));
       slot[0] = sums[0];
       slot[1] = sums[1];
     }
   }
-  if (kCluster || walk.one_channel()) {
+  if (walk.one_channel()) {
     block_sum(group_sums, threads, shared);
     if constexpr (kCluster) cluster_sum(group_sums, told_sums);
     if (threadIdx.x == 0) finish(0, group_sums);
   } else {
     __syncthreads();
-    for (uint32_t line = threadIdx.x; line < slabs.lines; line += threads) {
+    for (uint32_t line = threadIdx.x; line < lines; line += threads) {
       double line_dy = 0, line_dy_x = 0;
       const A* const slots = of_lines + 2 * line * units.most;
       const uint32_t count = units.count(line);
@@ -347,11 +350,12 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
         line_dy_x += slots[2 * u + 1];
       }
       A sums[2] = {A(line_dy), A(line_dy_x)};
-      finish(line, sums);
+      finish(first_line + line, sums);
       group_sums[0] += sums[0];
       group_sums[1] += sums[1];
     }
     block_sum(group_sums, threads, shared);
+    if constexpr (kCluster) cluster_sum(group_sums, told_sums);
   }
   if constexpr (kCluster) cluster_sync();  // the last of the others may still read what this block has told
   if (dx.data == nullptr) return;
@@ -370,7 +374,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   for (int i = 0; i < kItems; ++i) {
     const Place place = walk.place(thread, i);
     if (!place.there) continue;
-    if (!kCluster && !walk.one_channel()) scale = rstd * parameters[kEach * place.line];
+    if (!walk.one_channel()) scale = rstd * parameters[kEach * place.line];
     A result[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) result[k] = grads[i][k] * scale + ((values[i][k] - center) * slope + shift);

@@ -98,7 +98,6 @@ struct Walk<Layout::kContiguous, kSize> {
     const int64_t offset = sample * x.strides.sample + column * x.strides.channel + position_;
     return {x.data + settled(offset), uint32_t(x.strides.sample) * uint32_t(sizeof(T))};
   }
-  __device__ __forceinline__ int64_t position(const Place& place) const { return position_ + place.position; }
 
   __device__ __forceinline__ bool active() const { return true; }
   __device__ __forceinline__ uint32_t count() const { return count_; }

@@ -54,14 +54,16 @@ def parts(name):
 
 def vector_size(kernel, arguments):
     """Elements of its vectors."""
-    return int(arguments[1 if kernel.startswith(("slab", "long")) else 2])
+    return int(arguments[1 if kernel.startswith(("slab", "long", "wide")) else 2])
 
 
 def vectors_of_thread(kernel, arguments):
     """Vectors of each tensor that the listed instructions handle: an unrolled loop over memory."""
-    if kernel.startswith("slab"):
+    if kernel.startswith(("slab", "wide")):
         return int(arguments[2])
     if kernel.startswith("row"):
+        if kernel == "row_forward" and arguments[3:6] == ["8", "true", "false"]:  # of two rows
+            return 16
         several = {"row_forward": 8, "row_backward": 4}[kernel]  # in short rows, of several
         return max(int(arguments[3]), several if arguments[2] != "1" else 0)
     return 16
@@ -82,9 +84,8 @@ def shortcomings(found):
         if kernel in tensors and vector_size(kernel, arguments) > 1:
             least["flight"] = FLIGHT_OF_ROWS if kernel.startswith(("row", "moments")) else FLIGHT
             vectors = vectors_of_thread(kernel, arguments)
-            if kernel in ("moments", "apply"):
-                # Weights and biases of positions, in the type of the arithmetic, are four more vectors for one of x.
-                most["path"] = INSTRUCTIONS * vectors * (5 if kernel == "apply" and arguments[3] == "true" else 1)
+            if kernel in ("moments", "apply", "long_row_forward"):
+                most["path"] = INSTRUCTIONS * vectors
             if not fused(kernel, arguments):  # as many as vectors: none of them is taken in parts
                 least["wide"] = int(sum(tensors[kernel][:2])) * vectors
         for field, limit in most.items():

@@ -303,6 +303,8 @@ void run(const void* kernel, const cuda::LaunchConfig& config, void (*body)(void
   std::vector<uint64_t> order(blocks / together);
   std::iota(order.begin(), order.end(), 0);
   const size_t wanted = settings().sample ? std::min<size_t>(1, order.size()) : order.size();
+  // At the ends there may be less to do.
+  if (settings().sample) std::swap(order[0], order[order.size() / 2]);
   const Kernel before = launch.counts;
   for (size_t i = 0; i < wanted; ++i) {
     std::swap(order[i], order[i + launch.draw(order.size() - i)]);

@@ -54,13 +54,17 @@ LAUNCHES = {
     "layer_norm": (nn.LayerNorm(768), (64, 768), 1, 2),
     "layer_norm_silu": (normops.LayerNorm(768, activation="silu"), (64, 768), 1, 2),
     "rms_norm": (nn.RMSNorm(8192), (4, 8192), 1, 2),
+    "layer_norm_long": (nn.LayerNorm(300000), (3, 300000), 3, 3),
+    "layer_norm_long_many": (nn.LayerNorm(300000), (129, 300000), 3, 4),
     "batch_norm_slab": (nn.BatchNorm2d(16), (8, 16, 8, 8), 1, 1),
     "batch_norm": (nn.BatchNorm2d(16), (32, 16, 96, 96), 3, 3),
     "batch_norm_cluster": (nn.BatchNorm2d(64), (32, 64, 48, 48), 1, 1),
     "batch_norm_relu": (normops.BatchNorm2d(16, activation="relu"), (32, 16, 64, 64), 3, 4),  # one makes z's scale
+    "batch_norm_small_planes": (nn.BatchNorm2d(16), (32, 16, 7, 7), 1, 1),
     "batch_norm_eval": (nn.BatchNorm2d(16).eval(), (32, 16, 64, 64), 2, 3),
     "instance_norm": (nn.InstanceNorm2d(16, track_running_stats=True), (8, 16, 8, 8), 2, 1),
     "group_norm": (nn.GroupNorm(4, 16), (2, 16, 32, 32), 1, 2),
+    "group_norm_cluster": (nn.GroupNorm(8, 32), (2, 32, 96, 96), 1, 2),
     "group_norm_silu": (normops.GroupNorm(4, 16, activation="silu"), (2, 16, 32, 32), 1, 2),
 }
 

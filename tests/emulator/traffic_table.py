@@ -100,7 +100,11 @@ class Row:
     architecture: str = "sm_90"
 
 
-LAST, PLANES = {"layout": torch.channels_last}, (4, 8, 16, 16)
+LAST, PLANES, ODD_PLANES = {"layout": torch.channels_last}, (4, 8, 16, 16), (8, 8, 7, 7)
+SMALL = (
+    "BatchNorm of 8 samples and more, of planes of up to 256 positions that are no whole vectors: as many channels as "
+    "are whole vectors together, of up to 8,192 of them"
+)
 PARTS = "48 bytes per chunk: up to 16 vectors of 256 threads, along lines or (48 bytes for each column) across them"
 ROWS = [
     Row(
@@ -111,7 +115,14 @@ ROWS = [
         "16 bytes a row",
         lambda: row_pass((4, 2048)),
     ),
-    Row("moments, merge, apply", "longer rows", 2, "48 bytes per chunk", lambda: row_pass((2, 40960)), "sm_80"),
+    Row(
+        "moments, merge, long_row_forward",
+        "longer rows",
+        2,
+        "16 bytes per chunk",
+        lambda: row_pass((2, 40960)),
+        "sm_80",
+    ),
     Row("row_forward", "the sum of two inputs, and its norm", 4, "16 bytes a row", lambda: sum_pass((4, 2048))),
     Row(
         "row_backward, column_sums",
@@ -122,10 +133,10 @@ ROWS = [
         lambda: row_pass((8, 2048), backward=True),
     ),
     Row(
-        "grad_sums, grad_merge, long_row_backward, column_sums",
+        "long_row_sums, grad_merge, long_row_backward",
         "longer rows",
         3,
-        "32 bytes per chunk, 16 per column and chunk of rows",
+        "32 bytes per row and 32 vectors of it; of more than 128 rows `column_sums`, and 16 per column and 128 rows",
         lambda: row_pass((2, 16384), backward=True),
         "sm_80",
     ),
@@ -138,10 +149,19 @@ ROWS = [
     ),
     Row(
         "slab_backward",
-        "contiguous, up to 32,768 (float 16,384, double 8,192, single elements 4,096)",
+        "contiguous, up to 32,768 (float 16,384, double 8,192, single elements 4,096), with clusters 8 times as "
+        "many, with each plane of a group in one block",
         3,
         "32 bytes per channel and sample",
         lambda: channel_pass(PLANES, backward=ALL),
+    ),
+    Row("wide_slab_forward", SMALL, 2, "16 bytes a channel", lambda: channel_pass(ODD_PLANES)),
+    Row(
+        "wide_slab_backward",
+        "its backward, of up to 4,096 vectors",
+        3,
+        "32 bytes a channel",
+        lambda: channel_pass(ODD_PLANES, backward=ALL),
     ),
     Row("moments, merge, apply", "other statistics of the input", 2, PARTS, lambda: channel_pass(PLANES, **LAST)),
     Row(

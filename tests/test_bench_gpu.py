@@ -1,5 +1,6 @@
 """What is meant for a machine with a card, rehearsed without one: nothing that is timed here means anything."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -140,16 +141,19 @@ def launches(name, blocks, threads=256, **counted):
     return Launches(**(fields | {"threads": blocks * threads} | counted))
 
 
-CARD = gpu_model.Card("", "sm_90", "90", 100, 1e9, 1e12, 1e-6, 4e6, 4e12)
+CARD = gpu_model.Card("", "sm_90", "90", 100, 1e9, 1e12, 1e-6, 4e6, 4e12, 1e5)
+MERGE = "void normops::cuda::merge_kernel<float>(int)"
+ROWS = "void normops::cuda::row_forward_kernel<float, float, 4, 1, false, false>(int)"
 MOMENTS = "void normops::cuda::moments_kernel<float, (normops::Layout)0, 4>(int)"
 TABLE = {
     ("moments_kernel<float,contiguous,4>", "90"): {"registers": 64, "flight": 16, "path": 320, "loop": 0},
     ("merge_kernel<float>", "90"): {"registers": 64, "flight": 4, "path": 100, "loop": 0},
+    ("row_forward_kernel<float,float,4,1,false,false>", "90"): {"registers": 64, "flight": 8, "path": 8, "loop": 0},
 }
 
 
-def seconds(of, **more):
-    found = gpu_model.predict_kernel(CARD, of, TABLE, **{"tensor_bytes": 1e9, "element_size": 4, "warm": False} | more)
+def seconds(of, card=CARD, **more):
+    found = gpu_model.predict_kernel(card, of, TABLE, **{"tensor_bytes": 1e9, "element_size": 4, "warm": False} | more)
     return found.seconds - gpu_model.SECONDS_PER_LAUNCH, found.limit
 
 
@@ -157,29 +161,69 @@ def test_a_prediction_is_what_takes_longest():
     """Bytes at the bandwidth, trips to memory at its latency, instructions at the rate of a clock."""
     sectors = int(1e9 / gpu_model.SECTOR)
     # 1 GB at 1e12 bytes a second; four blocks are on a multiprocessor at once, each for one trip.
-    assert seconds(launches(MOMENTS, 400, sectors_read=sectors, chain=16)) == (
+    assert seconds(launches(MOMENTS, 400, distinct_read=sectors, chain=16)) == (
         pytest.approx(1e-3, rel=0.05),
         "bandwidth",
     )
     # Ten blocks in the place of one, ten trips each.
-    latency = seconds(launches(MOMENTS, 4000, sectors_read=1, chain=160), tensor_bytes=1e6)
+    latency = seconds(launches(MOMENTS, 4000, distinct_read=1, chain=160), tensor_bytes=1e6)
     assert latency == (pytest.approx(1e-4, rel=0.01), "latency")
     # 20 instructions for each of 2.5e8 / 4 vectors, 32 at a time, on one multiprocessor
     instructions = 20 * 2.5e8 / 4 / 32 / (gpu_model.INSTRUCTIONS_PER_CLOCK * 1e9)
-    assert seconds(launches(MOMENTS, 1, sectors_read=sectors)) == (
+    assert seconds(launches(MOMENTS, 1, distinct_read=sectors)) == (
         pytest.approx(instructions, rel=0.01),
         "instructions",
     )
 
 
 def test_a_merge_is_trips_to_memory():
-    """What it reads has just been written, and lies in the cache."""
-    assert seconds(launches("void normops::cuda::merge_kernel<float>(int)", 16, chain=40)) == (
-        pytest.approx(1e-5, rel=0.01),
-        "latency",
+    """What it reads has just been written, and lies in the cache, as far as half of that holds it."""
+    assert seconds(launches(MERGE, 16, chain=40)) == (pytest.approx(1e-5, rel=0.01), "latency")
+    merge = launches(MERGE, 16, distinct_read=int(4e9 / 32))
+    near, _ = seconds(merge, dataclasses.replace(CARD, cache=1e10))
+    far, _ = seconds(merge)
+    assert (near, far) == (pytest.approx(1e-3, rel=0.01), pytest.approx(4e-3, rel=0.01))
+
+
+def test_parameters_of_rows_are_cached():
+    """They are as long as a row here; ten blocks come to each multiprocessor, and the first of them reads them."""
+    rows = launches(ROWS, 1000, distinct_read=int(2e9 / 32))
+    kept, _ = seconds(rows, dataclasses.replace(CARD, first_cache=5e6))
+    lost, _ = seconds(rows, dataclasses.replace(CARD, first_cache=3e6))
+    assert (kept, lost) == (pytest.approx(1.025e-3, rel=0.01), pytest.approx(1.25e-3, rel=0.01))
+
+
+def test_what_is_launched_alike_is_counted_once(monkeypatch):
+    """Compute capabilities 9.0 and 10.0 have clusters and as much shared memory; longer rows are launched otherwise on
+    8.0."""
+    monkeypatch.setenv("NORMOPS_EMULATOR_VARIANT", "plain")
+    gpu_model.launches_of.cache_clear()
+    for shape, counts in (((4, 64), 1), ((2, 81920), 2)):
+        gpu_model.COUNTED.clear()
+        case = Case("layer_norm", shape, "bfloat16", "contiguous", "cpu")
+        passes = [gpu_model.launches_of(case, architecture) for architecture in ("sm_80", "sm_90", "sm_100")]
+        assert len(gpu_model.COUNTED) == counts and passes[1] == passes[2]
+
+
+def test_summary():
+    def row(megabytes, ratio, **more):
+        named = {"card": "A", "case": "c", "pass": "p", "limit": "l"}
+        return named | {"input": 1e6 * megabytes, "bytes": 2, "moved": 2, "over_floor": ratio} | more
+
+    rows = [
+        row(64, 1.4),
+        row(64, 1.6, case="worst", moved=3),
+        row(8, 2.4),
+        row(8, 2.6),
+        row(1, 9.0),
+        row(8, 1.0, card="B"),
+    ]
+    head = "| card | input | passes | as asked | others, that read twice | worst |\n|---|---|---|---|---|---|\n"
+    assert gpu_model.summary(rows) == head + (
+        "| A | above 32 MB | 2 | 1 (1.5 times the floor) | 1, 1 | worst p: 1.60 (l) |\n"
+        "| A | 4 to 32 MB | 2 | 1 (2.5 times the floor) | 1, 0 | c p: 2.60 (l) |\n"
+        "| B | 4 to 32 MB | 1 | 1 (2.5 times the floor) | 0, 0 | c p: 1.00 (l) |"
     )
-    near, _ = seconds(launches("void normops::cuda::merge_kernel<float>(int)", 16, sectors_read=int(4e9 / 32)))
-    assert near == pytest.approx(1e-3, rel=0.01)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ OPTIONS = {"plain": {}, "asan": {"ASAN_OPTIONS": "detect_leaks=0"}, "tsan": {"TS
 
 def _runtime(name):
     """The path of a library that comes with the compiler, or None."""
-    path = subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    command = [*shlex.split(CXX), f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return path if os.path.isabs(path) else None
 
 

@@ -37,7 +37,7 @@ WORSE = [
     ("grad_sums_kernel<BFloat16,contiguous,8,false>", "flight", 3, "flight 3, 4 at least"),
     ("grad_apply_kernel<double,contiguous,2,false>", "wide", 47, "wide 47, 48 at least"),
     ("slab_forward_kernel<BFloat16,8,4,false,false>", "wide", 7, "wide 7, 8 at least"),
-    ("slab_backward_kernel<BFloat16,8,8,false,true>", "wide", 23, "wide 23, 24 at least"),
+    ("slab_backward_kernel<BFloat16,8,8,false,true,true>", "wide", 23, "wide 23, 24 at least"),
     ("row_forward_kernel<BFloat16,float,8,1,false,false>", "wide", 15, "wide 15, 16 at least"),
     ("row_backward_kernel<BFloat16,float,8,4,shared,false>", "wide", 11, "wide 11, 12 at least"),
     ("row_backward_kernel<BFloat16,float,8,2,cluster,true>", "flight", 7, "flight 7, 8 at least"),

@@ -69,9 +69,10 @@ struct MergeLaunch {
     }
     const int64_t blocks = grouped ? plan.groups : ceil_div(plan.columns, 1 << grid.lanes_log2);
     grid.blocks = Divisor(blocks);
-    // A thread reads a batch of chunks at once; and two warps write the two sums of their lanes.
-    const int64_t wanted = std::max(ceil_div(plan.cut.chunks, kBatch) << grid.lanes_log2, plan.group_size);
-    const int threads = 1 << log2_of(std::clamp<int64_t>(wanted, 2 * kWarp, kMergeThreads));
+    // Of many blocks no more threads than read a batch of chunks each; two warps, as they write the two sums of a lane.
+    const bool many = plan.rows * blocks >= 2 * kWantedMergeBlocks;
+    const int64_t reading = std::max(ceil_div(plan.cut.chunks, kBatch) << grid.lanes_log2, plan.group_size);
+    const int threads = many ? 1 << log2_of(std::clamp<int64_t>(reading, 2 * kWarp, kMergeThreads)) : kMergeThreads;
     config = {grid_of(plan.rows * blocks), dim3(threads)};
   }
 };

@@ -206,10 +206,13 @@ void slab_backward(const Plan& plan, ChannelTensor<const T> dy, ChannelTensor<co
       const int blocks = blocks_of(plan, int64_t(items.value) * kSlabThreads, /*backward=*/true);
       if constexpr (!there.value && size.value > 1 && items.value == kMostBackward) {
         if (blocks > 1) {
-          return run(slab_backward_kernel<T, size.value, items.value, false, true>, items.value, blocks, end);
+          const auto kernel = plan.group_size > 1
+                                  ? slab_backward_kernel<T, size.value, items.value, false, true, true>
+                                  : slab_backward_kernel<T, size.value, items.value, false, true, false>;
+          return run(kernel, items.value, blocks, end);
         }
       }
-      run(slab_backward_kernel<T, size.value, items.value, there.value, false>, items.value, 1, end);
+      run(slab_backward_kernel<T, size.value, items.value, there.value, false, false>, items.value, 1, end);
     });
   };
   epilogue ? with_end(std::true_type{}, epilogue) : with_end(std::false_type{}, NoEpilogue{});

@@ -215,8 +215,8 @@ __device__ __forceinline__ bool sum_lines(A (&terms)[2], uint32_t along, uint32_
 }
 
 // Dynamic shared memory: of every channel the weight and, with an epilogue, the bias; where there are several, the sums
-// of every line in every unit.
-template <typename T, int kSize, int kItems, bool kEpilogue, bool kCluster>
+// of every line in every unit. kGroups: whether the slabs of clusters have several channels; others are asked.
+template <typename T, int kSize, int kItems, bool kEpilogue, bool kCluster, bool kGroups>
 __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 && !kEpilogue ? 2 : 1)
     slab_backward_kernel(const Plan plan, const Slabs slabs, const ChannelTensor<const T> dy,
                          const ChannelTensor<const T> x, const ChannelTensor<T> dx, const BackwardMerge<Acc<T>> a,
@@ -229,6 +229,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   NORMOPS_DYNAMIC_SHARED(A, parameters);
   const SlabWalk<kSize, kCluster> walk(plan, slabs);
   const int threads = blockDim.x;
+  const bool one_channel = kCluster ? !kGroups : walk.one_channel();
   const LineUnits units(plan.by_line.divisor());
   constexpr int kEach = kEpilogue ? 2 : 1;  // parameters of a channel
   A* const of_lines = parameters + kEach * walk.channels();
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
         [&](int i, Vector<T, kSize>& grad, const Vector<T, kSize>& value, const Vector<T, kSize>& other) {
           const Place place = walk.place(thread, i);
           if (!place.there) return;
-          if (!walk.one_channel()) read_channel(place.line);
+          if (!one_channel) read_channel(place.line);
           A z[kSize], gradient[kSize];
 #pragma unroll
           for (int k = 0; k < kSize; ++k) {
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   const auto finish = [&](uint32_t line, A(&sums)[2]) {
     const A dy_xhat = (sums[1] - low * sums[0]) * rstd;
     const int64_t channel = first + line;
-    if (kCluster && walk.one_channel() && !walk.speaks()) {
+    if (kCluster && one_channel && !walk.speaks()) {
       // The first block says so.
     } else if (a.sums) {
       a.sums[row_start + channel] = dy_xhat;
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
         sums[1] += grads[i][k] * (values[i][k] - center);
       }
     }
-    if (walk.one_channel()) {
+    if (one_channel) {
       group_sums[0] += sums[0];
       group_sums[1] += sums[1];
       continue;
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
       slot[1] = sums[1];
     }
   }
-  if (walk.one_channel()) {
+  if (one_channel) {
     block_sum(group_sums, threads, shared);
     if constexpr (kCluster) cluster_sum(group_sums, told_sums);
     if (threadIdx.x == 0) finish(0, group_sums);
@@ -374,7 +375,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) == 2 && kItems <= 4 &&
   for (int i = 0; i < kItems; ++i) {
     const Place place = walk.place(thread, i);
     if (!place.there) continue;
-    if (!walk.one_channel()) scale = rstd * parameters[kEach * place.line];
+    if (!one_channel) scale = rstd * parameters[kEach * place.line];
     A result[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) result[k] = grads[i][k] * scale + ((values[i][k] - center) * slope + shift);

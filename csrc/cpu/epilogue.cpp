@@ -43,7 +43,7 @@ struct Number {
     return {at::vec::clamp(z.v, Vec(A(least)), Vec(A(most)))};
   }
   NORMOPS_INLINE friend Number choose(const Number& z, double limit, double above, double otherwise) {
-    return {Vec::blendv(Vec(A(otherwise)), Vec(A(above)), z.v > Vec(A(limit)))};
+    return {where_above(z.v, Vec(A(limit)), Vec(A(above)), Vec(A(otherwise)))};
   }
 };
 
@@ -153,14 +153,14 @@ struct Pieces {
   NORMOPS_INLINE Pack<T> value(Pack<T> z) const {
     for (Vec& part : z.part) {
       part = at::vec::clamp(part, lower, upper);
-      part = Vec::blendv(part * slope, part, part > Vec(A(0)));
+      part = where_above(part, Vec(A(0)), part, part * slope);
     }
     return z;
   }
   NORMOPS_INLINE Pack<T> gate(Pack<T> dy, const Pack<T>& z) const {
     for (int i = 0; i < Pack<T>::kParts; ++i) {
-      const Vec sloped = Vec::blendv(dy.part[i] * slope, dy.part[i], z.part[i] > Vec(A(0)));
-      dy.part[i] = Vec::blendv(Vec(A(0)), sloped, z.part[i] <= last);
+      const Vec sloped = where_above(z.part[i], Vec(A(0)), dy.part[i], dy.part[i] * slope);
+      dy.part[i] = where_at_most(z.part[i], last, sloped, Vec(A(0)));
     }
     return dy;
   }

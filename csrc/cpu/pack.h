@@ -218,6 +218,23 @@ struct Pack : PackOrder<T> {
   }
 };
 
+// `yes` where a > b, or where a <= b, and `no` elsewhere: NaN is neither. Comparisons of AVX-512 give a mask, of which
+// at::vec makes a vector, and of that a mask again to blend by.
+template <typename Vec>
+NORMOPS_INLINE Vec where_above(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<Vec, Floats>) return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+#endif
+  return Vec::blendv(no, yes, a > b);
+}
+template <typename Vec>
+NORMOPS_INLINE Vec where_at_most(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<Vec, Floats>) return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), no, yes);
+#endif
+  return Vec::blendv(no, yes, a <= b);
+}
+
 // Between pack order and arrays in memory order.
 template <typename T>
 NORMOPS_INLINE Pack<T> load_natural(const Acc<T>* source, Full) {

@@ -57,7 +57,7 @@ def test_large_input_on_many_threads(case, threads):
 
 @each_case
 def test_large_output(case):
-    """32 MiB and more are mapped, and asked for, in another way than less."""
+    """The pages of 32 MiB and more are asked for first."""
     check(case.sample((2, 4, 1024, 1040)), backward=False)
 
 

@@ -60,6 +60,19 @@ def test_alone_as_in_a_batch(case, memory_format, shape, device):
             assert torch.equal(alone[name], together[name][i : i + 1]), name
 
 
+@pytest.mark.parametrize("groups", [32, 512])
+def test_alone_as_in_a_batch_of_many_groups(groups, device):
+    """Nor where the batch has blocks enough for the card, and a sample has not."""
+    x = torch.randn(8, 512, 24, 24, dtype=torch.float64, device=device).contiguous(memory_format=torch.channels_last)
+    x, grad = x.requires_grad_(), torch.randn_like(x)
+    together = F.group_norm(x, groups)
+    alone = F.group_norm(x[5:6], groups)
+    assert torch.equal(alone, together[5:6])
+    (grad_together,) = torch.autograd.grad(together, x, grad)
+    (grad_alone,) = torch.autograd.grad(alone, x, grad[5:6])
+    assert torch.equal(grad_alone[5:6], grad_together[5:6])
+
+
 @SHAPES
 @each_memory_format
 @each_case

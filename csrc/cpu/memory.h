@@ -10,8 +10,8 @@
 
 namespace normops::cpu {
 
-// malloc maps a large block anew, and the system then finds and clears it page by page as it is first written, each time
-// by an interrupt: for an output of this size that takes longer than the layer. This asks for all pages at once.
+// malloc maps a large block anew, and the system then finds and clears it page by page as it is first written, each
+// time by an interrupt: for an output of this size that takes longer than the layer. This asks for all pages at once.
 const at::Tensor& prepare_output(const at::Tensor& output);
 
 // New tensors without the dispatcher: it would take longer than the elements of a small input.

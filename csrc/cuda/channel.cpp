@@ -39,19 +39,6 @@ void check_steps(const ChannelView& view, int element_size) {
   }
 }
 
-// Samples of a channels_last batch that share statistics, and follow each other without gaps, are one to the kernels:
-// its positions are cut into chunks of one length, however few a sample has.
-void join_samples(ChannelView& view) {
-  Geometry& g = view.geometry;
-  const auto follows = [&](const Strides& s) { return s.sample == g.positions * s.position; };
-  if (g.layout != Layout::kChannelsLast || !g.over_batch ||
-      !std::all_of(view.strides.begin(), view.strides.end(), follows)) {
-    return;
-  }
-  g.positions *= g.samples;
-  g.samples = 1;
-}
-
 // How the tensors are walked. Contiguous planes that would be walked element by element, as their lengths are no
 // multiples of a vector's, are walked as wide channels (geometry.h) where that makes vectors of them, unless `fits`
 // says that they go over memory twice only then.
@@ -67,7 +54,6 @@ Plan plan_of(ChannelView& view, const std::vector<at::Tensor*>& tensors, int64_t
     return make_plan(view.geometry, size, vectors);
   };
   check_steps(view, size);
-  join_samples(view);
   const Plan plan = plan_as_seen();
   if (plan.vectors || plan.layout != Layout::kContiguous || !over_batch) return plan;
   const ChannelView narrow = view;

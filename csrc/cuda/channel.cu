@@ -60,17 +60,19 @@ struct MergeLaunch {
 
   explicit MergeLaunch(const Plan& plan) {
     const bool grouped = plan.group_size > 1;
+    // How a sum is cut, and so its bits, may not depend on how many rows there are: each may be one sample of a batch.
     grid.lanes_log2 = std::min(5, log2_of(grouped ? plan.group_size : plan.columns));
     if (!grouped) {
-      while (grid.lanes_log2 > 1 && plan.rows * ceil_div(plan.columns, 1 << grid.lanes_log2) < kWantedMergeBlocks &&
+      while (grid.lanes_log2 > 1 && ceil_div(plan.columns, 1 << grid.lanes_log2) < kWantedMergeBlocks &&
              plan.cut.chunks > kMergeThreads >> grid.lanes_log2) {
         --grid.lanes_log2;
       }
     }
     const int64_t blocks = grouped ? plan.groups : ceil_div(plan.columns, 1 << grid.lanes_log2);
     grid.blocks = Divisor(blocks);
-    // Of many blocks no more threads than read a batch of chunks each; two warps, as they write the two sums of a lane.
-    const bool many = plan.rows * blocks >= 2 * kWantedMergeBlocks;
+    // Where blocks are many, or samples may be, no more threads than read a batch of chunks each; two warps, as they
+    // write the two sums of a lane.
+    const bool many = !plan.over_batch || blocks >= 2 * kWantedMergeBlocks;
     const int64_t reading = std::max(ceil_div(plan.cut.chunks, kBatch) << grid.lanes_log2, plan.group_size);
     const int threads = many ? 1 << log2_of(std::clamp<int64_t>(reading, 2 * kWarp, kMergeThreads)) : kMergeThreads;
     config = {grid_of(plan.rows * blocks), dim3(threads)};

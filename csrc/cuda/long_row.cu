@@ -3,6 +3,10 @@
 
 #include "long_row.h"
 
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 #include "channel.h"
 #include "long_row_kernels.cuh"
 #include "scratch.h"
@@ -24,6 +28,10 @@ ChannelTensor<T> across(const Rows<T>& rows) {
 }
 
 Plan plan_across(int64_t rows, int64_t length, int element_size, bool vectors) {
+  if (length > INT32_MAX) {
+    throw std::runtime_error("normops: expected rows of at most 2147483647 elements on CUDA, got " +
+                             std::to_string(length));
+  }
   const Plan plan = make_plan(rows_as_positions(rows, length), element_size, vectors);
   if (1 << plan.lanes_log2 != kWarp) throw std::logic_error("normops: a warp is to have a row at a time");
   return plan;

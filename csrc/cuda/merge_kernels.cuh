@@ -10,7 +10,7 @@
 
 namespace normops::cuda {
 
-constexpr int kMergeThreads = 256;  // at most; of a merge as many as have chunks to read
+constexpr int kMergeThreads = 256;  // at most: see MergeLaunch
 
 // Here all of them have been read: the compiler would put what is done with the first between the reads.
 __device__ __forceinline__ void all_there([[maybe_unused]] double& a, [[maybe_unused]] double& b,

@@ -39,8 +39,8 @@ FAULTS = [
         "warm_for_cold",
         "wrong regime",
         "bench/measure.py",
-        "            flush()\n",
-        "",
+        "        flush()\n        start = timer()\n",
+        "        start = timer()\n",
         "test_bench.py -k 'order'",
     ),
     Fault(

@@ -136,8 +136,8 @@ ROWS = [
         "long_row_sums, grad_merge, long_row_backward",
         "longer rows",
         3,
-        "32 bytes per row and 32 vectors of it; where rows are cut into chunks, of 16 to 128, `column_sums`, and 16 per "
-        "column and chunk",
+        "32 bytes per row and 32 vectors of it; where rows are cut into chunks, of 16 to 128, `column_sums`, and 16 "
+        "per column and chunk",
         lambda: row_pass((2, 16384), backward=True),
         "sm_80",
     ),

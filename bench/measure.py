@@ -1,6 +1,7 @@
 """Times torch's layer, that of normops and a copy of the tensor in turns, so that all meet the same conditions."""
 
 import copy
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -54,13 +55,16 @@ class Passes:
         self.x = x.detach().requires_grad_()
         self.inputs = [self.x, *layer.parameters()]
         self.output = layer(self.x)
-        outputs = self.output if isinstance(self.output, tuple) else (self.output,)
+        self._outputs = self.output if isinstance(self.output, tuple) else (self.output,)
         # In a network the gradient mostly comes in the layout of the output.
-        self.dy = [torch.empty_like(output).copy_(dy) for output in outputs]
-        # A network below and above: what multiplies keeps no gradient, and Python has not seen the one it hands on.
+        self.dy = [torch.empty_like(output).copy_(dy) for output in self._outputs]
         self._between: list[Callable[[], None]] = []
         self._leaf = torch.zeros((), requires_grad=True)
-        self._above = [_Between.apply(self._between, self._leaf), *(output * 1.0 for output in outputs)]
+
+    @functools.cached_property
+    def _above(self) -> list[Tensor]:
+        """As a network stands above: what multiplies keeps no gradient, and Python has not seen the one it hands on."""
+        return [_Between.apply(self._between, self._leaf), *(output * 1.0 for output in self._outputs)]
 
     def forward(self) -> Tensor:
         return self.layer(self.x)
@@ -78,9 +82,8 @@ class Passes:
         return timer() - times[0]
 
     def results(self) -> dict[str, Tensor]:
-        output = self.output[0] if isinstance(self.output, tuple) else self.output
         names = ["output", "dx", *(f"d{name.rpartition('.')[2]}" for name, _ in self.layer.named_parameters())]
-        return dict(zip(names, [output.detach(), *self.backward()], strict=True))
+        return dict(zip(names, [self._outputs[0].detach(), *self.backward()], strict=True))
 
 
 def largest_errors(results: dict[str, Tensor], references: dict[str, Tensor]) -> dict[str, float]:

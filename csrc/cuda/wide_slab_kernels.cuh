@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
   NORMOPS_SHARED(A, shared_sums, 2 * kSlabThreads);
   NORMOPS_SHARED(A, shared_squares, 4 * kSlabThreads);
   NORMOPS_SHARED(A, centers, kMostWideChannels);
-  NORMOPS_SHARED(A, scales,
-                 kMostWideChannels);  // first the weights and the biases
+  // First the weights and the biases.
+  NORMOPS_SHARED(A, scales, kMostWideChannels);
   NORMOPS_SHARED(A, shifts, kMostWideChannels);
   const WideSlabWalk<kSize> walk(slabs);
   Vector<T, kSize> values[kItems];

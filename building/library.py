@@ -18,9 +18,10 @@ FLAGS += ["-DAT_PER_OPERATOR_HEADERS"]
 KERNEL_FLAGS = ["-O3", "-fno-math-errno"]
 PLAIN_FLAGS = ["-O1"]  # the set without vectors, where there is one with them: to compare with, not for speed
 KERNEL_FLAGS_GCC = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# Compiled once for each instruction set.
-KERNELS = [f"cpu/{engine}_{way}.cpp" for engine in ("row", "channel") for way in ("forward", "backward")]
-KERNELS += ["cpu/epilogue.cpp"]
+# Compiled once for each instruction set: what is compiled together, the longest first.
+CHANNEL = ["channel_backward", "channel_forward", "epilogue"]
+UNITS = {"channel": CHANNEL, **{kernel: [kernel] for kernel in CHANNEL}, "row": ["row_forward", "row_backward"]}
+KERNELS = [f"cpu/{kernel}.cpp" for kernel in (*CHANNEL, *UNITS["row"])]
 PYTHON = ("module.cpp", "python_calls.cpp")  # whose header wants to be the first
 
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
@@ -74,13 +75,11 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
         together = _together(folder / f"{unit}.cpp", sources)
         objects.append(compile_one(f"{unit}.o", together, *about))
     kernel_flags = KERNEL_FLAGS + ([] if compiler.is_clang else KERNEL_FLAGS_GCC)
-    for name, flags in sets.items():
+    for unit, name in _kernel_units(sets, compiler):
         which = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name.partition('_')[0]}"]
-        plain = PLAIN_FLAGS if compiler.is_x86 and name == "DEFAULT" else []
-        # The headers take longer to read than few kernels to compile, or plain ones.
-        together = bool(plain) or name == "AVX512_BF16"
-        for source in _kernel_sources(csrc, folder / name, together):
-            objects.append(compile_one(f"{name}/{source.stem}.o", source, *kernel_flags, *plain, *flags, *which))
+        plain = PLAIN_FLAGS if _is_plain(name, compiler) else []
+        source = _together(folder / f"{unit}.cpp", [csrc / f"cpu/{kernel}.cpp" for kernel in UNITS[unit]])
+        objects.append(compile_one(f"{name}/{unit}.o", source, *kernel_flags, *plain, *sets[name], *which))
     if cuda:
         objects += cuda.compile(ninja, sorted(csrc.glob("cuda/*.cu")))
     ninja.run()
@@ -90,7 +89,7 @@ def compile_library(csrc, folder, compiler, sets, include_dirs, defines, cuda):
 def _units(csrc, cuda):
     """Files that call torch are compiled together, as its headers take longer to read than the files: those that need
     autograd's or Python's, which include each other's, and the others."""
-    units = {"operators": [], "autograd": []}
+    units = {"autograd": [], "operators": []}
     for source in sorted(csrc.rglob("*.cpp"), key=lambda path: (path.name not in PYTHON, path)):
         path = source.relative_to(csrc)
         if str(path) in KERNELS or (path.parts[0] == "cuda" and not cuda):
@@ -99,14 +98,14 @@ def _units(csrc, cuda):
     return units
 
 
-def _kernel_sources(csrc, folder, together):
-    """The kernels' files, or one for each engine that is all of its files."""
-    sources = [csrc / kernel for kernel in KERNELS]
-    if not together:
-        return sources
-    row = [source for source in sources if source.stem.startswith("row")]
-    channel = [source for source in sources if source not in row]
-    return [_together(folder / "row.cpp", row), _together(folder / "channel.cpp", channel)]
+def _is_plain(name, compiler):
+    return compiler.is_x86 and name == "DEFAULT"
+
+
+def _kernel_units(sets, compiler):
+    """(unit, set). All of an engine, where few kernels, or plain ones, take no longer than the headers they read."""
+    whole = {name for name in sets if _is_plain(name, compiler) or name == "AVX512_BF16"}
+    return [(unit, name) for unit in UNITS for name in sets if unit == "row" or (unit == "channel") == (name in whole)]
 
 
 def _together(path, sources):

@@ -14,6 +14,7 @@ from bench_fakes import Watch
 
 from bench import worker
 from bench.models import measure, report, zoo
+from bench.models.copies import copying
 from bench.models.step import part_of, sort_events
 
 
@@ -80,9 +81,23 @@ def test_whole_step_of_a_model(monkeypatch):
     assert timing.agrees and timing.rounds >= measure.MIN_ROUNDS
     assert {"norm forward", "norm backward", "norm", "activations", "step"} <= set(timing.parts)
     assert timing.parts["norm"].torch < timing.parts["step"].torch
+    assert {"norm forward", "norm backward", "norm"} == set(timing.floor)
     assert timing.fusions == 1 and {"norms, activations, adds", "step"} == set(timing.fused)
     # The output of each layer but the last, and gradients.
     assert timing.peak_bytes["torch"] >= 3 * 2 * 8 * 6 * 6 * 4
+
+
+def test_copies_instead_of_norms():
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Identity(), norm)
+    layers = copying(model, ["1"])
+    x = torch.randn(8, 4, requires_grad=True)
+    y = layers(x)
+    assert torch.equal(y, x) and y.data_ptr() != x.data_ptr()
+    gradient = torch.randn(8, 4)
+    y.backward(gradient)
+    assert torch.equal(x.grad, gradient) and torch.equal(norm(x), model(x))
+    assert list(layers.state_dict()) == list(model.state_dict())  # for models that ask a norm for its weight
 
 
 def run(norm_speedups, seed=0):

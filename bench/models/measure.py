@@ -9,6 +9,7 @@ from torch import nn
 import normops
 from bench.disturbance import collect, settle
 from bench.measure import Comparison, largest_errors
+from bench.models.copies import copying
 from bench.models.step import FUSED, PARTS, Step, peak_memory, seconds, seconds_by_part
 from bench.models.zoo import MODELS, Model
 from bench.worker import station
@@ -16,6 +17,7 @@ from normops.backend import backend
 
 MIN_ROUNDS = 3
 WAIT = 30.0  # seconds for the machine to come to rest: beside another process a model may take ten times as long
+NORMS = ["norm forward", "norm backward", "norm"]
 TOLERANCE = 1e-2  # of outputs, in float32: a deep network amplifies differences of rounding
 
 
@@ -27,6 +29,7 @@ class ModelTiming:
     rounds: int
     parts: dict[str, Comparison]  # of `PARTS`, "norm" (both passes) and "step"
     null: dict[str, Comparison]  # the same of torch's layers against themselves
+    floor: dict[str, Comparison]  # torch's norms against copies of their inputs (copies.py)
     compiled: Comparison | None
     fused: dict[str, Comparison]  # FUSED and "step", with the layers of torch and backend="normops"; empty if it failed
     fusions: int  # of several calls
@@ -51,6 +54,8 @@ def time_model(name: str, malloc: str, how_long: float, compiled: bool) -> Model
     first = {side: step() for side, step in steps.items()}
     difference = largest_errors({"output": first["normops"]}, {"output": first["torch"]})["output"]
     peaks = {side: peak_memory(steps[side]) for side in ("torch", "normops")}
+    steps["copies"] = Step(model, copying(module, norms), inputs, steps["torch"].gradient)
+    steps["copies"]()
     fused, fusions = fuse_step(model, module, inputs, steps["torch"].gradient)
     if fused is not None:
         steps["fused"] = fused
@@ -61,8 +66,9 @@ def time_model(name: str, malloc: str, how_long: float, compiled: bool) -> Model
     def turn(number: int) -> dict[str, float]:
         times = {}
         for side in sorted(steps, reverse=number % 2 == 1):
-            times[f"{side}: step"] = seconds(steps[side])
-            if side in modules:
+            if side != "copies":
+                times[f"{side}: step"] = seconds(steps[side])
+            if side in modules or side == "copies":
                 parts = seconds_by_part(steps[side], norms)
                 parts["norm"] = parts["norm forward"] + parts["norm backward"]
             elif side == "fused":
@@ -89,6 +95,7 @@ def time_model(name: str, malloc: str, how_long: float, compiled: bool) -> Model
         len(rounds),
         {part: compare("torch", "normops", part) for part in present},
         {part: compare("torch", "torch again", part) for part in present},
+        {part: compare("torch", "copies", part) for part in present if part in NORMS},
         compare("compiled torch", "compiled normops", "step") if compiled else None,
         {part: compare("torch", "fused", part) for part in (FUSED, "step")} if fused is not None else {},
         fusions,

@@ -41,11 +41,12 @@ def _ratio(comparison: Comparison | None, doubtful: bool) -> str:
 
 
 def models_table(timings: list[ModelTiming]) -> Table:
-    columns = ["norm fwd", "norm bwd", "norms", "step", "null step", "peak MiB"]
+    columns = ["norm fwd", "norm bwd", "norms", "copies", "step", "null step", "peak MiB"]
     compiled = any(timing.compiled for timing in timings)
     caption = (
         "torch / normops, ± half the interquartile range: time in the forward and in the backward of norm layers, in "
-        "both, and of a whole step; null: torch / torch; ?: in doubt; peak: of tensors, with torch -> with normops -> "
+        "both, and of a whole step; copies: torch / layers that only move memory, for both passes: the floor; null: "
+        "torch / torch; ?: in doubt; peak: of tensors, with torch -> with normops -> "
         'fused. Fused: torch\'s layers under backend="normops" of torch.compile: time in norms, activations and '
         "additions, a whole step, and how many fusions there are"
     )
@@ -54,7 +55,10 @@ def models_table(timings: list[ModelTiming]) -> Table:
     table = make_table("Models", "model", "malloc", *columns, texts=2, caption=caption)
     for timing in timings:
         parts, doubtful = timing.parts, bool(timing.doubts)
-        cells = [_ratio(parts.get(part), doubtful) for part in COMPARED]
+        compared = {**parts, "copies": timing.floor.get("norm")}
+        cells = [
+            _ratio(compared.get(part), doubtful) for part in ("norm forward", "norm backward", "norm", "copies", "step")
+        ]
         null = timing.null["step"]
         peak = " -> ".join(f"{peak / MIB:.0f}" for peak in timing.peak_bytes.values())
         row = [timing.model, timing.malloc, *cells, f"{null.speedup:.2f} ±{null.spread:3.0%}", peak]
@@ -67,22 +71,24 @@ def parts_table(timings: list[ModelTiming]) -> Table:
     caption = (
         "A step is a forward and a backward pass, or a forward pass in inference, by the clock. Parts are self times "
         "of operators, in steps that a profiler watches. Those called by norm layers count as norms; activations and "
-        "adds (residuals, gradients that meet) with their backward. null: torch's layers against themselves"
+        "adds (residuals, gradients that meet) with their backward. copies: layers that copy their input, and going "
+        "back read two tensors and write one in place; null: torch's layers against themselves"
     )
-    columns = ["torch ms", "normops ms", "torch / normops", "null"]
+    columns = ["torch ms", "normops ms", "copies ms", "torch / normops", "null"]
     table = make_table("Where the time goes", "model", "malloc", "part", *columns, texts=3, caption=caption)
     for timing in timings:
         label = timing.model, timing.malloc
         for part in [*PARTS, "step"]:
             if comparison := timing.parts.get(part):
                 null = timing.null[part]
-                times = (f"{1e3 * seconds:.2f}" for seconds in (comparison.torch, comparison.normops))
+                times = [f"{1e3 * seconds:.2f}" for seconds in (comparison.torch, comparison.normops)]
+                times.append(f"{1e3 * timing.floor[part].normops:.2f}" if part in timing.floor else "")
                 cells = *times, _ratio(comparison, bool(timing.doubts)), f"{null.speedup:.2f} ±{null.spread:3.0%}"
                 table.add_row(*label, part, *cells)
                 label = "", ""
         if timing.compiled:
             times = (f"{1e3 * seconds:.2f}" for seconds in (timing.compiled.torch, timing.compiled.normops))
-            table.add_row("", "", "compiled step", *times, _ratio(timing.compiled, bool(timing.doubts)), "")
+            table.add_row("", "", "compiled step", *times, "", _ratio(timing.compiled, bool(timing.doubts)), "")
         table.add_section()
     return table
 
@@ -95,6 +101,13 @@ def noise(timings: list[ModelTiming], part: str) -> float:
     """Of torch against itself: the root mean square of the logarithm of the ratio."""
     logarithms = [math.log(timing.null[part].speedup) for timing in sure(timings) if part in timing.null]
     return math.sqrt(statistics.fmean(value * value for value in logarithms)) if logarithms else math.nan
+
+
+def distance(timings: list[ModelTiming]) -> float:
+    """From the floor: how much longer the norms of normops take, as a geometric mean."""
+    return statistics.geometric_mean(
+        timing.floor["norm"].speedup / timing.parts["norm"].speedup for timing in timings if "norm" in timing.floor
+    )
 
 
 def verdict(timings: list[ModelTiming], failed: Mapping[str, str]) -> list[str]:
@@ -112,6 +125,11 @@ def verdict(timings: list[ModelTiming], failed: Mapping[str, str]) -> list[str]:
         if means:
             text = ", ".join(f"{part} {mean:.2f}" for part, mean in means.items())
             lines.append(f"{malloc} malloc: torch / normops {text} (geometric means of {len(here)} models)")
+        if floors := [timing.floor["norm"].speedup for timing in here if "norm" in timing.floor]:
+            lines.append(
+                f"{malloc} malloc: torch / layers that only move memory, norm {statistics.geometric_mean(floors):.2f}; "
+                f"the norms of normops take {distance(here):.2f} times as long as such layers"
+            )
         noises = {part: noise(here, part) for part in ("norm forward", "norm backward", "step")}
         text = ", ".join(f"{part} {value:.1%}" for part, value in noises.items() if not math.isnan(value))
         if text:

@@ -25,7 +25,7 @@ FAULTS = [
         "bench/measure.py",
         '"floor": x.clone if how.floor == "clone"',
         '"floor": dy.clone if how.floor == "clone"',
-        "test_bench.py -k 'floors'",
+        "test_bench_turns.py -k 'floors'",
     ),
     Fault(
         "floor_of_one_copy",
@@ -33,7 +33,7 @@ FAULTS = [
         "bench/measure.py",
         'rounds.times[f"normops {name}"], copies * one_copy)',
         'rounds.times[f"normops {name}"], one_copy)',
-        "test_bench.py -k 'floors'",
+        "test_bench_turns.py -k 'floors'",
     ),
     Fault(
         "warm_for_cold",
@@ -41,7 +41,7 @@ FAULTS = [
         "bench/measure.py",
         "        flush()\n        start = timer()\n",
         "        start = timer()\n",
-        "test_bench.py -k 'order'",
+        "test_bench_turns.py -k 'order'",
     ),
     Fault(
         "copies_of_a_sum",
@@ -49,7 +49,7 @@ FAULTS = [
         "bench/fused.py",
         'return (1.5, 2.5) if "_add_" in layer else (1.0, 1.5)',
         "return 1.0, 1.5",
-        "test_bench.py -k 'floors'",
+        "test_bench_turns.py -k 'floors'",
     ),
     Fault(
         "doubtful_taken_for_sure",

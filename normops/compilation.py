@@ -9,6 +9,8 @@ from normops import _activations
 __all__ = ["set_compile_mode"]
 
 _MODES = ("auto", "kernel", "decompose")
+# What is left to the compiler in mode "auto", with gradients and without.
+_FUSED = {True: {"batch_norm", "instance_norm", "group_norm"}, False: {"batch_norm", "rms_norm"}}
 current = "auto"  # the mode, a global, which torch.compile guards: code compiled in another mode is not run
 
 
@@ -17,9 +19,10 @@ class set_compile_mode:
 
     - ``"auto"``, the default: for each layer what was faster in training steps and in inference of compiled models.
       ``batch_norm`` is left to the compiler, as its second half goes into whatever follows it, and without
-      statistics to take it is nothing else; so is ``instance_norm`` where gradients are recorded. The others are
-      kernels: between matrix products, or with an activation behind them, fusing gained no more than the kernel did;
-      and so is everything with ``memory_efficient=True``.
+      statistics to take it is nothing else; so are ``instance_norm`` and ``group_norm`` where gradients are recorded,
+      and ``rms_norm`` where they are not: to decode a token takes many small calls. The others are kernels: between
+      matrix products, or with an activation behind them, fusing gained no more than the kernel did; and so is
+      everything with ``memory_efficient=True``.
       An exported program has kernels only.
     - ``"kernel"``: one operator per layer, computed by the kernels as without a compiler.
     - ``"decompose"``: the operations of torch's own function, in the type of the arithmetic (float32, or float64 for
@@ -64,8 +67,7 @@ def decomposes(name: str, no_counterpart: bool = False) -> bool:
     backend "normops" keeps: a call with one of these has ``no_counterpart``."""
     # What torch.compiler.is_exporting() returns; to the Dynamo of torch 2.11 that is always true.
     if current == "auto" and not torch.compiler._is_exporting_flag:
-        left = name == "batch_norm" or (name == "instance_norm" and torch.is_grad_enabled())
-        return left and not no_counterpart
+        return name in _FUSED[torch.is_grad_enabled()] and not no_counterpart
     return current == "decompose"
 
 

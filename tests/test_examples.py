@@ -57,8 +57,18 @@ def free_port():
 
 @pytest.mark.parametrize("name", sorted(RANKED))
 def test_runs_on_two_ranks(name, start):
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    printed = start(*run, ROOT / "examples" / name)
+    def on_two_ranks():
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        return start(*run, "--master-port", str(free_port()), ROOT / "examples" / name)
+
+    try:
+        printed = on_two_ranks()
+    except AssertionError as failed:
+        # destroy_process_group does not join gloo's threads while a cache of torch holds the group. One that lets go
+        # of a tensor of Python only when the interpreter is ending (it had no processor before) ends the process.
+        if "terminate called without an active exception" not in str(failed):
+            raise
+        printed = on_two_ranks()
     assert "rank 0" in printed and "rank 1" in printed
 
 

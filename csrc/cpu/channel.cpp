@@ -51,19 +51,20 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
                      double eps, bool given, double* stat_mean, double* stat_var, const Epilogue<T>& epilogue,
                      const Mask* mask) {
   using A = Acc<T>;
-  const int64_t C = g.channels, row_segments = g.segments_per_row();
+  const int64_t C = g.channels, size = g.group_size(), row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
+  const GroupElements group_elements(g, mask);
   const Scratch<double> mean(given ? 0 : g.segments() * C), m2(given ? 0 : g.segments() * C);
   const CoefficientRows sets(g, weight);
   const Scratch<A> center(sets.count * C), scale(sets.count * C), shift(sets.count * C);
   const MaskWords<T> words(g, mask);
 
   // A group of contiguous channels is one line to the statistics, unless it is very long.
-  const bool joined = g.layout == Layout::kContiguous && !g.over_batch &&
-                      g.group_size() * g.positions <= g.segment_length && (!mask || JoinedMask<T>::pays(g));
+  const bool joined = g.layout == Layout::kContiguous && !g.over_batch && size * g.positions <= g.segment_length &&
+                      (!mask || JoinedMask<T>::pays(g));
   const std::optional<JoinedMask<T>> joined_mask =
       joined && mask && !given ? std::optional<JoinedMask<T>>(std::in_place, g, *mask) : std::nullopt;
-  const int64_t join = joined ? g.group_size() : 1;
+  const int64_t join = joined ? size : 1, parts = size / join;
 
   const auto reduce = [&](const Region& r) {
     if (given) return;
@@ -89,13 +90,12 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       merge_segments(g, mask, r, first, first + row_segments, mean.data.get(), m2.data.get());
     }
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
-      const int64_t elements = elements_per_group(g, mask, row);
+      const int64_t elements = group_elements.of_row(row);
       if (elements == 0) {
         stat_mean[group] = stat_var[group] = 0;
         return;
       }
-      const int64_t at = row * row_segments * C + c / join;
-      const int64_t parts = g.group_size() / join;
+      const int64_t at = row * row_segments * C + (joined ? group - row * g.num_groups : c);
       const double count = double(elements) / parts;  // of each part: equal ones need no chain of merges
       double group_mean = 0, group_m2 = 0;
       for (int64_t i = 0; i < parts; ++i) group_mean += mean[at + i];
@@ -110,7 +110,7 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
         const auto each = [&](const auto& f) {
           for (int64_t k = row * row_segments; k < (row + 1) * row_segments; ++k) {
             const Lines<const T> own = x.lines(g, k, c);
-            for (int64_t i = 0; i < g.group_size(); ++i) {
+            for (int64_t i = 0; i < size; ++i) {
               for_valid_of(g, mask, k, i, [&](int64_t line, int64_t j) { f(double(own[line][j])); });
             }
           }
@@ -124,7 +124,7 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       const SplitMean<A> split(stat_mean[group]);
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        for (int64_t i = c; i < c + g.group_size(); ++i) {
+        for (int64_t i = c; i < c + size; ++i) {
           const double factor = rstd * weight[set * weight.apart + i];
           center[set * C + i] = split.center;
           scale[set * C + i] = A(factor);
@@ -154,7 +154,7 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       span.clear_around(y_lines);
     });
   };
-  run_stages(g, sizeof(T), given, reduce, merge, coefficients, apply);
+  run_stages(g, sizeof(T), given, /*prepare=*/nullptr, reduce, merge, coefficients, apply);
 }
 
 template <typename T>
@@ -162,44 +162,48 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
                       const double* stat_mean, const double* stat_var, double eps, bool given, const GradTotals& totals,
                       double* dweight, double* dbias, const Epilogue<T>& epilogue, const Mask* mask) {
   using A = Acc<T>;
-  const int64_t C = g.channels, row_segments = g.segments_per_row();
+  const int64_t C = g.channels, size = g.group_size(), row_segments = g.segments_per_row();
   const Kernels<T>& kernel = kernels().of<T>();
+  const GroupElements group_elements(g, mask);
   const MaskWords<T> words(g, mask);
   const bool sums_needed = dweight || dbias || !(given || totals.dy);
   const Scratch<double> sum_dy(sums_needed ? g.segments() * C : 0), sum_dy_x(sums_needed ? g.segments() * C : 0);
   const CoefficientRows sets(g, weight);
   const Scratch<A> center(sets.count * C), scale(sets.count * C), slope(sets.count * C), shift(sets.count * C);
-  const auto group_of = [&](int64_t set, int64_t c) { return sets.row_of(set) * g.num_groups + c / g.group_size(); };
-  bool extreme = false;
-  for (int64_t set = 0; set < sets.count; ++set) {
-    for (int64_t c = 0; c < C; c += g.group_size()) {
-      const int64_t group = group_of(set, c);
-      std::fill_n(center + (set * C + c), g.group_size(), A(stat_mean[group]));
-      extreme = extreme || is_extreme_variance<T>(stat_var[group] + eps);
-    }
-  }
+  const Scratch<double> rstd(g.rows() * g.num_groups);
   // The coefficients of the forward, to make anew what the activation was applied to.
-  const int64_t remade = epilogue && !epilogue.output.data ? sets.count * C : 0;
-  const Scratch<A> z_scale(remade), z_shift(remade);
-  for (int64_t i = 0; i < remade; ++i) {
-    const int64_t set = i / C, c = i % C, group = group_of(set, c);
-    const double factor = 1 / std::sqrt(stat_var[group] + eps) * weight[set * weight.apart + c];
-    z_scale[i] = A(factor);
-    z_shift[i] = A(epilogue.bias[set * epilogue.bias.apart + c] - SplitMean<A>(stat_mean[group]).low * factor);
-  }
+  const bool remakes = epilogue && !epilogue.output.data;
+  const Scratch<A> z_scale(remakes ? sets.count * C : 0), z_shift(remakes ? sets.count * C : 0);
+  const bool extreme = std::any_of(stat_var, stat_var + g.rows() * g.num_groups,
+                                   [&](double var) { return is_extreme_variance<T>(var + eps); });
   // Those that leave the range of float, in double (extremes.h).
   const Scratch<double> exact(extreme ? 4 * sets.count * C : 0);
   // What goes on from the first stage.
   const Operand<const T> gradient = epilogue ? Operand<const T>{epilogue.dz.data, epilogue.dz.strides} : dy;
 
+  const auto prepare = [&](const Region& r) {
+    for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const SplitMean<A> split(stat_mean[group]);
+      rstd[group] = 1 / std::sqrt(stat_var[group] + eps);
+      for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
+        for (int64_t i = c; i < c + size; ++i) {
+          center[set * C + i] = split.center;
+          if (!remakes) continue;
+          const double factor = rstd[group] * weight[set * weight.apart + i];
+          z_scale[set * C + i] = A(factor);
+          z_shift[set * C + i] = A(epilogue.bias[set * epilogue.bias.apart + i] - split.low * factor);
+        }
+      }
+    });
+  };
   // Where float has no room for them: they replace those of the kernel, before dx may take the place of dy.
   const auto exact_sums = [&](int64_t k, const Region& r) {
     const int64_t set = sets.of(g.sample_of(k));
-    for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
-      const int64_t group = group_of(set, c);
+    int64_t group = sets.row_of(set) * g.num_groups + r.first_channel / size;
+    for (int64_t c = r.first_channel; c < r.last_channel; c += size, ++group) {
       if (!is_extreme_variance<T>(stat_var[group] + eps)) continue;
       const Lines<const T> own_g = gradient.lines(g, k, c), own_x = x.lines(g, k, c);
-      for (int64_t i = 0; i < g.group_size(); ++i) {
+      for (int64_t i = 0; i < size; ++i) {
         ExactGradSums sums{stat_mean[group]};
         for_valid_of(g, mask, k, i,
                      [&](int64_t line, int64_t j) { sums.add(double(own_g[line][j]), double(own_x[line][j])); });
@@ -260,6 +264,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   };
   // Leaves in the first segment of each row, or sample: sum dy, and sum dy * (x - mean) * rstd.
   const int64_t set_segments = row_segments / sets.per_row;
+  const bool one_row = g.rows() == 1 && !weight.apart;  // whose sums are the totals
   const auto merge = [&](const Region& r) {
     if (!sums_needed) return;
     for (int64_t first = r.first_segment; first < r.last_segment; first += set_segments) {
@@ -274,43 +279,47 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       if (mask && mask->elements_of_row(row) == 0) return;
       const bool exact = is_extreme_variance<T>(stat_var[group] + eps);
       const double low = SplitMean<A>(stat_mean[group]).low;
-      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t at = set * set_segments * C + c;
-        for (int64_t i = at, end = i + g.group_size(); i < end; ++i) {
-          sum_dy_x[i] = (exact ? sum_dy_x[i] : sum_dy_x[i] - low * sum_dy[i]) * rstd;
+        for (int64_t i = at; i < at + size; ++i) {
+          sum_dy_x[i] = (exact ? sum_dy_x[i] : sum_dy_x[i] - low * sum_dy[i]) * rstd[group];
         }
       }
     });
+    if (!one_row) return;
+    const auto total = [&](const Scratch<double>& sums, double* target) {
+      if (target) std::copy(sums + r.first_channel, sums + r.last_channel, target + r.first_channel);
+    };
+    total(sum_dy_x, dweight);
+    total(sum_dy, dbias);
   };
   const auto coefficients = [&](const Region& r) {
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
-      const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t own = set * weight.apart;
-        for (int64_t i = c; i < c + g.group_size(); ++i) scale[set * C + i] = A(rstd * weight[own + i]);
+        for (int64_t i = c; i < c + size; ++i) scale[set * C + i] = A(rstd[group] * weight[own + i]);
       }
       if (given) return;
-      const double count = totals.dy ? totals.count : double(elements_per_group(g, mask, row));
+      const double count = totals.dy ? totals.count : double(group_elements.of_row(row));
       double group_dy = 0, group_dy_xhat = 0;
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t at = set * set_segments * C, own = set * weight.apart;
         const double* const dy = totals.dy ? totals.dy : sum_dy + at;
         const double* const dy_xhat = totals.dy ? totals.dy_xhat : sum_dy_x + at;
-        for (int64_t i = c; i < c + g.group_size(); ++i) {
+        for (int64_t i = c; i < c + size; ++i) {
           group_dy += dy[i] * weight[own + i];
           group_dy_xhat += dy_xhat[i] * weight[own + i];
         }
       }
       const double low = SplitMean<A>(stat_mean[group]).low;
-      const InputGradient gradient(rstd, low, group_dy / count, group_dy_xhat / count, /*centered=*/true);
+      const InputGradient gradient(rstd[group], low, group_dy / count, group_dy_xhat / count, /*centered=*/true);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        std::fill_n(slope + (set * C + c), g.group_size(), A(gradient.slope));
-        std::fill_n(shift + (set * C + c), g.group_size(), A(gradient.shift));
-        for (int64_t i = c; extreme && i < c + g.group_size(); ++i) {
+        std::fill_n(slope + (set * C + c), size, A(gradient.slope));
+        std::fill_n(shift + (set * C + c), size, A(gradient.shift));
+        for (int64_t i = c; extreme && i < c + size; ++i) {
           double* const k = exact + 4 * (set * C + i);
-          const bool own = is_extreme_variance<T>(stat_var[group] + eps) && std::isfinite(rstd);
-          k[0] = own ? rstd * weight[set * weight.apart + i] : std::nan("");
+          const bool own = is_extreme_variance<T>(stat_var[group] + eps) && std::isfinite(rstd[group]);
+          k[0] = own ? rstd[group] * weight[set * weight.apart + i] : std::nan("");
           k[1] = gradient.slope;
           k[2] = SplitMean<A>(stat_mean[group]).center;
           k[3] = gradient.shift;
@@ -342,8 +351,9 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       span.clear_around(dx_lines);
     });
   };
-  run_stages(g, 2 * sizeof(T), given || totals.dy, reduce, merge, coefficients, apply);
+  run_stages(g, 2 * sizeof(T), given || totals.dy, prepare, reduce, merge, coefficients, apply);
 
+  if (one_row) return;
   const auto sum_rows = [&](const Scratch<double>& sums, double* total) {
     if (total == nullptr) return;
     if (weight.apart) {

@@ -36,9 +36,10 @@ int64_t parameters_of(const at::Tensor& input, int64_t varying) {
 // As torch does for inputs of one value. What has none is not an error, as samples may be there to fill a batch.
 void check_counts(const Geometry& g, const Mask& mask, const at::Tensor& input) {
   const char* const op = g.over_batch ? "batch_norm" : g.num_groups == g.channels ? "instance_norm" : "group_norm";
+  const GroupElements elements(g, &mask);
   for (int64_t row = 0; row < g.rows(); ++row) {
     TORCH_CHECK_VALUE(
-        elements_per_group(g, &mask, row) != 1, op,
+        elements.of_row(row) != 1, op,
         ": expected mask to leave more than 1 value per statistic when training, got 1 in input of shape ",
         input.sizes(), g.over_batch ? "" : ", sample " + std::to_string(row));
   }

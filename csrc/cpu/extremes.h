@@ -41,7 +41,7 @@ int64_t packed(int64_t j) {
 }
 
 template <typename T>
-bool is_extreme_variance(double var) {
+inline bool is_extreme_variance(double var) {
   return !std::is_same_v<T, double> && !(var > 1e-30 && var < 1e30);
 }
 

@@ -60,10 +60,17 @@ class Mask {
   std::vector<int64_t> elements_;
 };
 
-// Of the channels of a group: those that are valid.
-inline int64_t elements_per_group(const Geometry& g, const Mask* mask, int64_t row) {
-  return mask ? mask->elements_of_row(row) * g.group_size() : g.elements_per_group();
-}
+// How many elements share a statistic, of those that are valid. It is asked for every group.
+class GroupElements {
+ public:
+  GroupElements(const Geometry& g, const Mask* mask)
+      : mask_(mask), size_(g.group_size()), whole_(g.elements_per_group()) {}
+  int64_t of_row(int64_t row) const { return mask_ ? mask_->elements_of_row(row) * size_ : whole_; }
+
+ private:
+  const Mask* const mask_;
+  const int64_t size_, whole_;
+};
 
 // What is valid of the span of a segment, in words. Those of lines that go along positions serve all channels, however
 // they are cut into tiles, and are made once. Those of channels_last are as many as kernels find in cache, and are made

@@ -62,19 +62,19 @@ void for_tiles(const Geometry& g, const Region& r, Order order, const F& f) {
 // f(row, group, channel) for every group of a region: its row, its statistic, its first channel.
 template <typename F>
 void for_groups(const Geometry& g, const Region& r, const F& f) {
-  const int64_t row_segments = g.segments_per_row();
+  const int64_t row_segments = g.segments_per_row(), size = g.group_size();
   for (int64_t row = r.first_segment / row_segments; row * row_segments < r.last_segment; ++row) {
-    for (int64_t c = r.first_channel; c < r.last_channel; c += g.group_size()) {
-      f(row, row * g.num_groups + c / g.group_size(), c);
-    }
+    int64_t group = row * g.num_groups + r.first_channel / size;
+    for (int64_t c = r.first_channel; c < r.last_channel; c += size) f(row, group++, c);
   }
 }
 
-// Runs the stages: reduce, merge and coefficients for a group, and then apply, which begins where reduce ended, as that
-// is still in cache. A thread takes a group through all stages if there are enough of them for all threads. Otherwise
-// every stage is shared among all threads in turn. With statistics given there is no order to keep: memory is read
-// once, and the sums of the backward pass are merged at the end. All ways do the same arithmetic.
-inline void run_stages(const Geometry& g, int64_t element_size, bool given, Stage reduce, Stage merge,
+// Runs the stages: prepare (if there is one), reduce, merge and coefficients for a group, and then apply, which begins
+// where reduce ended, as that is still in cache. A thread takes a group through all stages if there are enough of them
+// for all threads. Otherwise every stage is shared among all threads in turn. With statistics given there is no order
+// to keep: memory is read once, and the sums of the backward pass are merged at the end. All ways do the same
+// arithmetic.
+inline void run_stages(const Geometry& g, int64_t element_size, bool given, Stage prepare, Stage reduce, Stage merge,
                        Stage coefficients, Stage apply) {
   const int64_t row_segments = g.segments_per_row();
   const auto channels_of = [&](int64_t bytes, int64_t bytes_per_channel) {
@@ -86,7 +86,10 @@ inline void run_stages(const Geometry& g, int64_t element_size, bool given, Stag
     const bool lines = g.layout == Layout::kChannelsLast && g.width == 1;
     const int64_t positions = std::min(g.positions, g.segment_length) * g.width;
     const int64_t channels = lines ? g.channels : channels_of(kBatchBytes, positions * element_size);
-    for_regions(g, row_segments, few_channels, Order::kForwards, coefficients);
+    for_regions(g, row_segments, few_channels, Order::kForwards, [&](const Region& r) {
+      if (prepare) prepare(r);
+      coefficients(r);
+    });
     for_regions(g, 1, channels, Order::kForwards, [&](const Region& r) {
       reduce(r);
       apply(r);
@@ -105,6 +108,7 @@ inline void run_stages(const Geometry& g, int64_t element_size, bool given, Stag
   }
   if (regions % threads == 0 || regions >= 4 * threads) {
     for_regions(g, row_segments, channels, Order::kForwards, [&](const Region& r) {
+      if (prepare) prepare(r);
       reduce(r);
       merge(r);
       coefficients(r);
@@ -112,6 +116,7 @@ inline void run_stages(const Geometry& g, int64_t element_size, bool given, Stag
     });
     return;
   }
+  if (prepare) for_regions(g, row_segments, few_channels, Order::kForwards, prepare);
   for_regions(g, 1, channels, Order::kForwards, reduce);
   for_regions(g, row_segments, few_channels, Order::kForwards, [&](const Region& r) {
     merge(r);

@@ -79,8 +79,8 @@ FAULTS = [
         "first_group_of_every_row",
         "off-by-one group",
         "csrc/cpu/regions.h",
-        "f(row, row * g.num_groups + c / g.group_size(), c);",
-        "f(row, row * g.num_groups + (c + 1) / g.group_size(), c);",
+        "int64_t group = row * g.num_groups + r.first_channel / size;",
+        "int64_t group = row * g.num_groups + (r.first_channel + 1) / size;",
         "test_forward.py -k 'not emulated'",
     ),
     Fault(

@@ -16,6 +16,8 @@
 namespace normops::cpu {
 namespace {
 
+// Loops over channels have pointers of their own: a captured one would be read anew after each store.
+
 // Joins, in place and in order, the moments of all segments of a row into those of its first.
 void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_t first, int64_t last, double* mean,
                     double* m2) {
@@ -28,8 +30,10 @@ void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_
     if (added == 0) continue;
     const MomentsMerge merge(count, added);
     count += added;
-    for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
-      merge(mean[first * g.channels + c], m2[first * g.channels + c], mean[k * g.channels + c], m2[k * g.channels + c]);
+    double *const to_mean = mean + first * g.channels, *const to_m2 = m2 + first * g.channels;
+    const double *const from_mean = mean + k * g.channels, *const from_m2 = m2 + k * g.channels;
+    for (int64_t c = r.first_channel, end = r.last_channel; c < end; ++c) {
+      merge(to_mean[c], to_m2[c], from_mean[c], from_m2[c]);
     }
   }
 }
@@ -97,12 +101,13 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       }
       const int64_t at = row * row_segments * C + (joined ? group - row * g.num_groups : c);
       const double count = double(elements) / parts;  // of each part: equal ones need no chain of merges
+      const double *const means = mean + at, *const m2s = m2 + at;
       double group_mean = 0, group_m2 = 0;
-      for (int64_t i = 0; i < parts; ++i) group_mean += mean[at + i];
+      for (int64_t i = 0, end = parts; i < end; ++i) group_mean += means[i];
       group_mean /= parts;
-      for (int64_t i = 0; i < parts; ++i) {
-        const double distance = mean[at + i] - group_mean;
-        group_m2 += m2[at + i] + count * distance * distance;
+      for (int64_t i = 0, end = parts; i < end; ++i) {
+        const double distance = means[i] - group_mean;
+        group_m2 += m2s[i] + count * distance * distance;
       }
       stat_mean[group] = group_mean;
       stat_var[group] = group_m2 / elements;
@@ -124,11 +129,13 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
       const SplitMean<A> split(stat_mean[group]);
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        for (int64_t i = c; i < c + size; ++i) {
-          const double factor = rstd * weight[set * weight.apart + i];
-          center[set * C + i] = split.center;
-          scale[set * C + i] = A(factor);
-          shift[set * C + i] = A(bias[set * bias.apart + i] - split.low * factor);
+        const Parameter<T> own_weight = weight.of_set(set), own_bias = bias.of_set(set);
+        A *const centers = center + set * C, *const scales = scale + set * C, *const shifts = shift + set * C;
+        for (int64_t i = c, end = c + size; i < end; ++i) {
+          const double factor = rstd * own_weight[i];
+          centers[i] = split.center;
+          scales[i] = A(factor);
+          shifts[i] = A(own_bias[i] - split.low * factor);
         }
       }
     });
@@ -186,12 +193,13 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       const SplitMean<A> split(stat_mean[group]);
       rstd[group] = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
+        std::fill_n(center + (set * C + c), size, split.center);
+        if (!remakes) continue;
+        const Parameter<T> own_weight = weight.of_set(set), own_bias = epilogue.bias.of_set(set);
         for (int64_t i = c; i < c + size; ++i) {
-          center[set * C + i] = split.center;
-          if (!remakes) continue;
-          const double factor = rstd[group] * weight[set * weight.apart + i];
+          const double factor = rstd[group] * own_weight[i];
           z_scale[set * C + i] = A(factor);
-          z_shift[set * C + i] = A(epilogue.bias[set * epilogue.bias.apart + i] - split.low * factor);
+          z_shift[set * C + i] = A(own_bias[i] - split.low * factor);
         }
       }
     });
@@ -278,12 +286,12 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
       if (mask && mask->elements_of_row(row) == 0) return;
       const bool exact = is_extreme_variance<T>(stat_var[group] + eps);
-      const double low = SplitMean<A>(stat_mean[group]).low;
+      const double low = SplitMean<A>(stat_mean[group]).low, own_rstd = rstd[group];
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t at = set * set_segments * C + c;
-        for (int64_t i = at; i < at + size; ++i) {
-          sum_dy_x[i] = (exact ? sum_dy_x[i] : sum_dy_x[i] - low * sum_dy[i]) * rstd[group];
-        }
+        const double* const dy = sum_dy + at;
+        double* const dy_x = sum_dy_x + at;
+        for (int64_t i = 0, end = size; i < end; ++i) dy_x[i] = (exact ? dy_x[i] : dy_x[i] - low * dy[i]) * own_rstd;
       }
     });
     if (!one_row) return;
@@ -295,31 +303,35 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   };
   const auto coefficients = [&](const Region& r) {
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
+      const double own_rstd = rstd[group];
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        const int64_t own = set * weight.apart;
-        for (int64_t i = c; i < c + size; ++i) scale[set * C + i] = A(rstd[group] * weight[own + i]);
+        const Parameter<T> own_weight = weight.of_set(set);
+        A* const scales = scale + set * C;
+        for (int64_t i = c, end = c + size; i < end; ++i) scales[i] = A(own_rstd * own_weight[i]);
       }
       if (given) return;
       const double count = totals.dy ? totals.count : double(group_elements.of_row(row));
       double group_dy = 0, group_dy_xhat = 0;
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        const int64_t at = set * set_segments * C, own = set * weight.apart;
+        const int64_t at = set * set_segments * C;
+        const Parameter<T> own_weight = weight.of_set(set);
         const double* const dy = totals.dy ? totals.dy : sum_dy + at;
         const double* const dy_xhat = totals.dy ? totals.dy_xhat : sum_dy_x + at;
-        for (int64_t i = c; i < c + size; ++i) {
-          group_dy += dy[i] * weight[own + i];
-          group_dy_xhat += dy_xhat[i] * weight[own + i];
+        for (int64_t i = c, end = c + size; i < end; ++i) {
+          const double w = own_weight[i];
+          group_dy += dy[i] * w;
+          group_dy_xhat += dy_xhat[i] * w;
         }
       }
       const double low = SplitMean<A>(stat_mean[group]).low;
-      const InputGradient gradient(rstd[group], low, group_dy / count, group_dy_xhat / count, /*centered=*/true);
+      const InputGradient gradient(own_rstd, low, group_dy / count, group_dy_xhat / count, /*centered=*/true);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         std::fill_n(slope + (set * C + c), size, A(gradient.slope));
         std::fill_n(shift + (set * C + c), size, A(gradient.shift));
         for (int64_t i = c; extreme && i < c + size; ++i) {
           double* const k = exact + 4 * (set * C + i);
-          const bool own = is_extreme_variance<T>(stat_var[group] + eps) && std::isfinite(rstd[group]);
-          k[0] = own ? rstd[group] * weight[set * weight.apart + i] : std::nan("");
+          const bool own = is_extreme_variance<T>(stat_var[group] + eps) && std::isfinite(own_rstd);
+          k[0] = own ? own_rstd * weight.of_set(set)[i] : std::nan("");
           k[1] = gradient.slope;
           k[2] = SplitMean<A>(stat_mean[group]).center;
           k[3] = gradient.shift;

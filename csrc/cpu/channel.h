@@ -59,6 +59,12 @@ struct Parameter {
     else
       data = tensor.const_data_ptr<Acc<T>>();
   }
+  Parameter of_set(int64_t set) const {
+    Parameter result = *this;
+    if (own) result.own += set * apart;
+    if (data) result.data += set * apart;
+    return result;
+  }
   double operator[](int64_t channel) const { return own ? Acc<T>(own[channel]) : data ? data[channel] : absent; }
 };
 

@@ -66,8 +66,9 @@ NORMOPS_KERNEL moments_of(const Tile& tile, Lines<const T> x, double* mean, doub
       });
       block.fold<T>(sums[0], first);
       block.fold<T>(sums[1], block_m2);
-      near = true;
-      for (int64_t c = 0; c < block.channels; ++c) near &= guess_was_near(first[c], block_m2[c], inverse);
+      int64_t far = 0;  // counted, as compilers make vectors of that
+      for (int64_t c = 0; c < block.channels; ++c) far += !guess_was_near(first[c], block_m2[c], inverse);
+      near = far == 0;
       for (int64_t c = 0; pass == 0 && !near && c < block.channels; ++c) {
         if (!guess_was_near(first[c], block_m2[c], inverse)) block_mean[c] = A(block_mean[c] + first[c] * inverse);
       }

@@ -373,10 +373,11 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       return;
     }
     parallel(C, g.rows(), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        double sum = 0;
-        for (int64_t row = 0; row < g.rows(); ++row) sum += sums[row * row_segments * C + c];
-        total[c] = sum;
+      double* const to = total;
+      std::fill(to + begin, to + end, 0.0);
+      for (int64_t row = 0; row < g.rows(); ++row) {
+        const double* const own = sums + row * row_segments * C;
+        for (int64_t c = begin; c < end; ++c) to[c] += own[c];
       }
     });
   };

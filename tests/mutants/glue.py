@@ -31,8 +31,8 @@ FAULTS = [
         "first_segments_of_rows",
         "stride of another",
         "csrc/cpu/channel.cpp",
-        "sum += sums[row * row_segments * C + c];",
-        "sum += sums[row * C + c];",
+        "own = sums + row * row_segments * C;",
+        "own = sums + row * C;",
         "test_edge_cases.py -k 'segments and not emulated'",
     ),
     Fault(
@@ -47,8 +47,8 @@ FAULTS = [
         "samples_in_float",
         "sum in float",
         "csrc/cpu/channel.cpp",
-        "        double sum = 0;\n",
-        "        A sum = 0;\n",
+        "to[c] += own[c];",
+        "to[c] = A(to[c] + own[c]);",
         "test_edge_cases.py -k 'totals'",
     ),
     Fault(

@@ -116,7 +116,7 @@ inline void run_stages(const Geometry& g, int64_t element_size, bool given, Stag
     });
     return;
   }
-  if (prepare) for_regions(g, row_segments, few_channels, Order::kForwards, prepare);
+  if (prepare) prepare(Region{0, g.segments(), 0, g.channels});  // of few groups: not worth a meeting of threads
   for_regions(g, 1, channels, Order::kForwards, reduce);
   for_regions(g, row_segments, few_channels, Order::kForwards, [&](const Region& r) {
     merge(r);

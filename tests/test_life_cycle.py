@@ -149,6 +149,7 @@ def _interrupt(signum, frame):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
+@pytest.mark.filterwarnings("ignore:(?s).*KeyboardInterrupt:pytest.PytestUnraisableExceptionWarning")
 def test_keyboard_interrupt():
     """Anywhere in forward, backward and acceleration: results are right afterwards, and the kernels torch's."""
     calls = list(samples((4, 6, 12, 12)))
@@ -156,8 +157,8 @@ def test_keyboard_interrupt():
     with alarms(_interrupt):
         for i in range(300):
             with contextlib.suppress(KeyboardInterrupt):
-                # From the length of a switch to that of some calls. Python drops what is raised in a finalizer, so
-                # once more after a second.
+                # From the length of a switch to that of some calls. Python drops what is raised in a finalizer, with
+                # a warning, so once more after a second.
                 signal.setitimer(signal.ITIMER_REAL, 3e-4 + 2e-5 * i, 1.0)
                 try:
                     while True:

@@ -121,6 +121,8 @@ ChannelView channel_view(const std::vector<at::Tensor*>& tensors, int64_t num_gr
   g.over_batch = over_batch;
   TORCH_CHECK(num_groups > 0 ? g.channels % num_groups == 0 : g.channels == 0,
               "normops: expected num_groups to divide ", g.channels, " channels, got ", num_groups);
+  TORCH_CHECK(!over_batch || num_groups == g.channels, "normops: expected a group for each of ", g.channels,
+              " channels that share statistics over the batch, got ", num_groups);
   const bool channels_last = format != at::MemoryFormat::Contiguous;
   g.layout = g.channels > 1 && (channels_last || g.positions == 1) ? Layout::kChannelsLast : Layout::kContiguous;
 

@@ -7,8 +7,8 @@ from layouts import LAYOUTS, each_memory_format
 
 import normops.functional as F
 
-# Small; many segments and threads; wide.
-SHAPES = pytest.mark.parametrize("shape", [(5, 6, 5, 7), (3, 6, 150, 230), (3, 1300, 9, 8)], ids=str)
+# Small; many segments and threads; wide; with more channels than one thread prepares.
+SHAPES = pytest.mark.parametrize("shape", [(5, 6, 5, 7), (3, 6, 150, 230), (3, 1300, 9, 8), (4, 6000, 2, 2)], ids=str)
 
 
 def equal(results, others):

@@ -1,5 +1,6 @@
-// Channel engine on the CPU: reduce, merge, apply. How the three stages are cut into regions and shared among threads
-// is decided in regions.h; the loops over memory are in channel_forward.cpp and channel_backward.cpp.
+// Channel engine on the CPU: reduce, merge, apply, and what has to be known of each channel in between. How these stages
+// are cut into regions and shared among threads is decided in regions.h; the loops over memory are in
+// channel_forward.cpp and channel_backward.cpp.
 
 #include "channel.h"
 
@@ -16,7 +17,8 @@
 namespace normops::cpu {
 namespace {
 
-// Loops over channels have pointers of their own: a captured one would be read anew after each store.
+// Loops over channels have pointers of their own: this file is compiled without strict aliasing (-O1, see
+// building/library.py), so a captured one would be read anew after each store.
 
 // Joins, in place and in order, the moments of all segments of a row into those of its first.
 void merge_segments(const Geometry& g, const Mask* mask, const Region& r, int64_t first, int64_t last, double* mean,
@@ -46,6 +48,21 @@ void for_valid_of(const Geometry& g, const Mask* mask, int64_t segment, int64_t 
   for_elements(tile, c, [&](int64_t line, int64_t j, int64_t element) {
     if (flags == nullptr || flags[element]) f(line, j);
   });
+}
+
+// The coefficients of y = (x - center) * scale + shift for the channels of a group: the backward, which may have to make
+// anew what an activation was applied to, must find the same bits. A null shift is not needed.
+template <typename T>
+void output_coefficients(double mean, double rstd, const Parameter<T>& weight, const Parameter<T>& bias, int64_t first,
+                         int64_t last, Acc<T>* center, Acc<T>* scale, Acc<T>* shift) {
+  using A = Acc<T>;
+  const SplitMean<A> split(mean);
+  for (int64_t c = first; c < last; ++c) {
+    const double factor = rstd * weight[c];
+    center[c] = split.center;
+    scale[c] = A(factor);
+    if (shift) shift[c] = A(bias[c] - split.low * factor);
+  }
 }
 
 }  // namespace
@@ -126,17 +143,10 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
   };
   const auto coefficients = [&](const Region& r) {
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
-      const SplitMean<A> split(stat_mean[group]);
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        const Parameter<T> own_weight = weight.of_set(set), own_bias = bias.of_set(set);
-        A *const centers = center + set * C, *const scales = scale + set * C, *const shifts = shift + set * C;
-        for (int64_t i = c, end = c + size; i < end; ++i) {
-          const double factor = rstd * own_weight[i];
-          centers[i] = split.center;
-          scales[i] = A(factor);
-          shifts[i] = A(own_bias[i] - split.low * factor);
-        }
+        output_coefficients(stat_mean[group], rstd, weight.of_set(set), bias.of_set(set), c, c + size,
+                            center + set * C, scale + set * C, shift + set * C);
       }
     });
   };
@@ -178,9 +188,8 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   const CoefficientRows sets(g, weight);
   const Scratch<A> center(sets.count * C), scale(sets.count * C), slope(sets.count * C), shift(sets.count * C);
   const Scratch<double> rstd(g.rows() * g.num_groups);
-  // The coefficients of the forward, to make anew what the activation was applied to.
-  const bool remakes = epilogue && !epilogue.output.data;
-  const Scratch<A> z_scale(remakes ? sets.count * C : 0), z_shift(remakes ? sets.count * C : 0);
+  const bool remakes = epilogue && !epilogue.output.data;  // what the activation was applied to
+  const Scratch<A> output_shift(remakes ? sets.count * C : 0);
   const bool extreme = std::any_of(stat_var, stat_var + g.rows() * g.num_groups,
                                    [&](double var) { return is_extreme_variance<T>(var + eps); });
   // Those that leave the range of float, in double (extremes.h).
@@ -190,17 +199,10 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
 
   const auto prepare = [&](const Region& r) {
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
-      const SplitMean<A> split(stat_mean[group]);
-      rstd[group] = 1 / std::sqrt(stat_var[group] + eps);
+      const double own_rstd = rstd[group] = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        std::fill_n(center + (set * C + c), size, split.center);
-        if (!remakes) continue;
-        const Parameter<T> own_weight = weight.of_set(set), own_bias = epilogue.bias.of_set(set);
-        for (int64_t i = c; i < c + size; ++i) {
-          const double factor = rstd[group] * own_weight[i];
-          z_scale[set * C + i] = A(factor);
-          z_shift[set * C + i] = A(own_bias[i] - split.low * factor);
-        }
+        output_coefficients(stat_mean[group], own_rstd, weight.of_set(set), epilogue.bias.of_set(set), c, c + size,
+                            center + set * C, scale + set * C, remakes ? output_shift + set * C : nullptr);
       }
     });
   };
@@ -248,7 +250,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       const EpilogueGradient<T> before{span.tile,
                                        of(dy),
                                        of(x),
-                                       {center + c, z_scale + c, z_shift + c},
+                                       {center + c, scale + c, output_shift + c},
                                        epilogue.activation,
                                        of(epilogue.residual),
                                        of(epilogue.output),
@@ -272,14 +274,16 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   };
   // Leaves in the first segment of each row, or sample: sum dy, and sum dy * (x - mean) * rstd.
   const int64_t set_segments = row_segments / sets.per_row;
-  const bool one_row = g.rows() == 1 && !weight.apart;  // whose sums are the totals
+  const bool sums_are_totals = g.rows() == 1 && !weight.apart;
   const auto merge = [&](const Region& r) {
     if (!sums_needed) return;
     for (int64_t first = r.first_segment; first < r.last_segment; first += set_segments) {
+      double *const to_dy = sum_dy + first * C, *const to_dy_x = sum_dy_x + first * C;
       for (int64_t k = first + 1; k < first + set_segments; ++k) {
-        for (int64_t c = r.first_channel; c < r.last_channel; ++c) {
-          sum_dy[first * C + c] += sum_dy[k * C + c];
-          sum_dy_x[first * C + c] += sum_dy_x[k * C + c];
+        const double *const from_dy = sum_dy + k * C, *const from_dy_x = sum_dy_x + k * C;
+        for (int64_t c = r.first_channel, end = r.last_channel; c < end; ++c) {
+          to_dy[c] += from_dy[c];
+          to_dy_x[c] += from_dy_x[c];
         }
       }
     }
@@ -289,38 +293,35 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
       const double low = SplitMean<A>(stat_mean[group]).low, own_rstd = rstd[group];
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t at = set * set_segments * C + c;
-        const double* const dy = sum_dy + at;
-        double* const dy_x = sum_dy_x + at;
-        for (int64_t i = 0, end = size; i < end; ++i) dy_x[i] = (exact ? dy_x[i] : dy_x[i] - low * dy[i]) * own_rstd;
+        const double* const own_dy = sum_dy + at;
+        double* const own_dy_x = sum_dy_x + at;
+        for (int64_t i = 0, end = size; i < end; ++i) {
+          own_dy_x[i] = (exact ? own_dy_x[i] : own_dy_x[i] - low * own_dy[i]) * own_rstd;
+        }
       }
     });
-    if (!one_row) return;
-    const auto total = [&](const Scratch<double>& sums, double* target) {
-      if (target) std::copy(sums + r.first_channel, sums + r.last_channel, target + r.first_channel);
+    if (!sums_are_totals) return;
+    const auto copy = [&](const Scratch<double>& sums, double* total) {
+      if (total) std::copy(sums + r.first_channel, sums + r.last_channel, total + r.first_channel);
     };
-    total(sum_dy_x, dweight);
-    total(sum_dy, dbias);
+    copy(sum_dy_x, dweight);
+    copy(sum_dy, dbias);
   };
   const auto coefficients = [&](const Region& r) {
+    if (given) return;
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
       const double own_rstd = rstd[group];
-      for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        const Parameter<T> own_weight = weight.of_set(set);
-        A* const scales = scale + set * C;
-        for (int64_t i = c, end = c + size; i < end; ++i) scales[i] = A(own_rstd * own_weight[i]);
-      }
-      if (given) return;
       const double count = totals.dy ? totals.count : double(group_elements.of_row(row));
       double group_dy = 0, group_dy_xhat = 0;
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
         const int64_t at = set * set_segments * C;
         const Parameter<T> own_weight = weight.of_set(set);
-        const double* const dy = totals.dy ? totals.dy : sum_dy + at;
-        const double* const dy_xhat = totals.dy ? totals.dy_xhat : sum_dy_x + at;
+        const double* const own_dy = totals.dy ? totals.dy : sum_dy + at;
+        const double* const own_dy_xhat = totals.dy ? totals.dy_xhat : sum_dy_x + at;
         for (int64_t i = c, end = c + size; i < end; ++i) {
           const double w = own_weight[i];
-          group_dy += dy[i] * w;
-          group_dy_xhat += dy_xhat[i] * w;
+          group_dy += own_dy[i] * w;
+          group_dy_xhat += own_dy_xhat[i] * w;
         }
       }
       const double low = SplitMean<A>(stat_mean[group]).low;
@@ -365,7 +366,7 @@ void channel_backward(const Geometry& g, Operand<const T> dy, Operand<const T> x
   };
   run_stages(g, 2 * sizeof(T), given || totals.dy, prepare, reduce, merge, coefficients, apply);
 
-  if (one_row) return;
+  if (sums_are_totals) return;
   const auto sum_rows = [&](const Scratch<double>& sums, double* total) {
     if (total == nullptr) return;
     if (weight.apart) {

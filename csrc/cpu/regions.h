@@ -1,6 +1,6 @@
 #pragma once
 
-// How the three stages of the channel engine are cut into regions and shared among threads.
+// How the stages of the channel engine are cut into regions and shared among threads.
 
 #include <c10/util/FunctionRef.h>
 
@@ -23,10 +23,10 @@ inline int64_t run_bytes(const Geometry& g) {
 
 // What a thread takes at a time where no group has to be kept together.
 constexpr int64_t kBatchBytes = 64 * 1024;
-// Channels merged by one thread at a time.
-constexpr int64_t kMergeChannels = 64;
+// Channels merged by one thread at a time; and so few that one thread prepares them all, without a meeting of threads.
+constexpr int64_t kMergeChannels = 64, kPreparedByOne = 4096;
 
-// Some segments by some channels, whole groups wherever rows are whole.
+// Some segments by some channels, of whole groups wherever rows are whole or channels come in several regions.
 struct Region {
   int64_t first_segment, last_segment;
   int64_t first_channel, last_channel;
@@ -116,7 +116,11 @@ inline void run_stages(const Geometry& g, int64_t element_size, bool given, Stag
     });
     return;
   }
-  if (prepare) prepare(Region{0, g.segments(), 0, g.channels});  // of few groups: not worth a meeting of threads
+  if (prepare && g.rows() * g.channels <= kPreparedByOne) {
+    prepare(Region{0, g.segments(), 0, g.channels});
+  } else if (prepare) {
+    for_regions(g, row_segments, few_channels, Order::kForwards, prepare);
+  }
   for_regions(g, 1, channels, Order::kForwards, reduce);
   for_regions(g, row_segments, few_channels, Order::kForwards, [&](const Region& r) {
     merge(r);

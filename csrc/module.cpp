@@ -29,7 +29,29 @@ int threads_used(int64_t items) {
   return int(threads.size());
 }
 
-struct Acceleration {};
+// A block of normops.accelerate(), which may be entered more than once. Ctrl-C may come before Python knows that a block
+// has begun (3.14 looks for signals after __enter__), and then it calls no __exit__: it only lets go of the block.
+class Acceleration {
+ public:
+  Acceleration() = default;
+  Acceleration(const Acceleration&) = delete;
+  Acceleration& operator=(const Acceleration&) = delete;
+  ~Acceleration() {
+    while (entered_ > 0) exit();
+  }
+  void enter() {
+    normops::accelerate(true);
+    ++entered_;
+  }
+  void exit() {
+    TORCH_CHECK(entered_ > 0, "normops: expected the end of a block of accelerate() that was entered, got one more");
+    --entered_;
+    normops::accelerate(false);
+  }
+
+ private:
+  int64_t entered_ = 0;
+};
 
 py::dict build_info() {
   py::dict info;
@@ -56,12 +78,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", [] { return normops::cpu::kernels().name; }, "The CPU kernels in use.");
   m.def("accelerate", &normops::switch_acceleration, py::arg("on"),
         "Puts the engines behind torch's operators, or torch's back, once, however often it is asked for.");
-  // A class of Python's would leave the engines in place for ever if Ctrl-C came while they are put there: Python takes
-  // the signal after the call, but still in __enter__. From a function of C++ it goes straight into the block.
+  // Not a class of Python's: Ctrl-C could come when the engines are in place, and __enter__ has yet to note it.
   py::class_<Acceleration>(m, "Acceleration", "The block of normops.accelerate().")
       .def(py::init<>())
-      .def("__enter__", [](Acceleration&) { normops::accelerate(true); })
-      .def("__exit__", [](Acceleration&, const py::args&) { normops::accelerate(false); });
+      .def("__enter__", &Acceleration::enter)
+      .def("__exit__", [](Acceleration& block, const py::args&) { block.exit(); });
   if (PyModule_AddFunctions(m.ptr(), normops::python_calls) != 0) throw py::error_already_set();
   m.def("threads_used", &threads_used, py::arg("items"), "Threads that share `items` full pieces of work.");
 }

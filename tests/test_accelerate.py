@@ -461,8 +461,21 @@ def test_wrong_argument(enabled):
 
 
 def test_more_ends_than_beginnings():
-    with pytest.raises(RuntimeError, match="already in place"):
-        _C.Acceleration().__exit__(None, None, None)
+    """Nor does a block end another."""
+    with normops.accelerate():
+        with pytest.raises(RuntimeError, match="a block of accelerate\\(\\) that was entered"):
+            _C.Acceleration().__exit__(None, None, None)
+        assert on_engines(call)
+
+
+def test_block_that_never_ends():
+    """As where Ctrl-C comes between __enter__ and the block: Python lets go of it."""
+    block = normops.accelerate()
+    block.__enter__()
+    block.__enter__()
+    assert on_engines(call)
+    del block
+    assert not on_engines(call)
 
 
 def test_silence():

@@ -40,6 +40,7 @@ int64_t packed(int64_t j) {
   return kernel.memory_order ? j : j - in_pack + in_pack % 2 * (size / 2) + in_pack / 2;
 }
 
+// Asked for every group: not a call, as without the word at -O1.
 template <typename T>
 inline bool is_extreme_variance(double var) {
   return !std::is_same_v<T, double> && !(var > 1e-30 && var < 1e30);

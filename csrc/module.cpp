@@ -29,8 +29,9 @@ int threads_used(int64_t items) {
   return int(threads.size());
 }
 
-// A block of normops.accelerate(), which may be entered more than once. Ctrl-C may come before Python knows that a block
-// has begun (3.14 looks for signals after __enter__), and then it calls no __exit__: it only lets go of the block.
+// A block of normops.accelerate(), which may be entered more than once. Ctrl-C may come before Python knows that a
+// block has begun (3.14 looks for signals after __enter__), and then it calls no __exit__: it only lets go of the
+// block.
 class Acceleration {
  public:
   Acceleration() = default;

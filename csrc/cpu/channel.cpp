@@ -1,5 +1,5 @@
-// Channel engine on the CPU: reduce, merge, apply, and what has to be known of each channel in between. How these stages
-// are cut into regions and shared among threads is decided in regions.h; the loops over memory are in
+// Channel engine on the CPU: reduce, merge, apply, and what has to be known of each channel in between. How these
+// stages are cut into regions and shared among threads is decided in regions.h; the loops over memory are in
 // channel_forward.cpp and channel_backward.cpp.
 
 #include "channel.h"
@@ -50,8 +50,8 @@ void for_valid_of(const Geometry& g, const Mask* mask, int64_t segment, int64_t 
   });
 }
 
-// The coefficients of y = (x - center) * scale + shift for the channels of a group: the backward, which may have to make
-// anew what an activation was applied to, must find the same bits. A null shift is not needed.
+// The coefficients of y = (x - center) * scale + shift for the channels of a group: the backward, which may have to
+// make anew what an activation was applied to, must find the same bits. A null shift is not needed.
 template <typename T>
 void output_coefficients(double mean, double rstd, const Parameter<T>& weight, const Parameter<T>& bias, int64_t first,
                          int64_t last, Acc<T>* center, Acc<T>* scale, Acc<T>* shift) {
@@ -145,8 +145,8 @@ void channel_forward(const Geometry& g, Operand<const T> x, Operand<T> y, Parame
     for_groups(g, r, [&](int64_t row, int64_t group, int64_t c) {
       const double rstd = 1 / std::sqrt(stat_var[group] + eps);
       for (int64_t set = sets.first(row); set < sets.first(row + 1); ++set) {
-        output_coefficients(stat_mean[group], rstd, weight.of_set(set), bias.of_set(set), c, c + size,
-                            center + set * C, scale + set * C, shift + set * C);
+        output_coefficients(stat_mean[group], rstd, weight.of_set(set), bias.of_set(set), c, c + size, center + set * C,
+                            scale + set * C, shift + set * C);
       }
     });
   };

@@ -55,8 +55,8 @@ FAULTS = [
         "segments_in_float",
         "sum in float",
         "csrc/cpu/channel.cpp",
-        "sum_dy[first * C + c] += sum_dy[k * C + c];",
-        "sum_dy[first * C + c] = A(sum_dy[first * C + c] + sum_dy[k * C + c]);",
+        "to_dy[c] += from_dy[c];",
+        "to_dy[c] = A(to_dy[c] + from_dy[c]);",
         "test_edge_cases.py -k 'totals'",
     ),
     Fault(
@@ -274,6 +274,22 @@ FAULTS = [
         "  is_on = on;\n",
         "",
         "test_accelerate.py -k 'switch and not emulated'",
+    ),
+    Fault(
+        "block_that_stays",
+        "state not kept",
+        "csrc/module.cpp",
+        "while (entered_ > 0) exit();",
+        "",
+        "test_accelerate.py -k 'never_ends'",
+    ),
+    Fault(
+        "groups_over_the_batch",
+        "case left out",
+        "csrc/tensors.cpp",
+        "!over_batch || num_groups == g.channels,",
+        "!over_batch || num_groups <= g.channels,",
+        "test_errors.py -k 'groups and not emulated'",
     ),
     Fault(
         "gradient_of_others",
